@@ -1,0 +1,31 @@
+# make demo | test | lint | figures | bench. Each sets up .venv first; PYTHON picks the interpreter.
+PYTHON ?= python3
+PY := .venv/bin/python
+# The data sets of a checkout's neighbour, unless the user names a folder.
+export TFDS_DATA_DIR ?= $(firstword $(wildcard ../shared/tfds) $(HOME)/tensorflow_datasets)
+
+.PHONY: demo test lint format clean
+.venv/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --requirement requirements.txt
+	$(PY) -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+demo: .venv/.installed
+	$(PY) -m asgd_jax.experiments.demo --out=demo
+
+test: .venv/.installed
+	$(PY) -m pytest -n 2 --dist=worksteal
+
+lint: .venv/.installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports
+
+format: .venv/.installed
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

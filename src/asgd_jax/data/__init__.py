@@ -1,0 +1,1 @@
+"""Data sets: in memory and streamed, both through TFDS."""

@@ -1,0 +1,1 @@
+"""What the paper shows, run from one command each."""

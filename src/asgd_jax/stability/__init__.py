@@ -1,0 +1,1 @@
+"""When delayed SGD is stable: thresholds, growth times, learning-rate rules."""

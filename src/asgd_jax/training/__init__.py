@@ -1,0 +1,1 @@
+"""The train step, its loop, metrics and evaluation."""

@@ -1,0 +1,1 @@
+"""Optax transforms with delay."""

@@ -1,0 +1,35 @@
+"""Settings that every test runs under: CPU, eight fake devices, no silent dtype or rank change."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+from pathlib import Path
+
+import jax
+import pytest
+
+STRICT_FOLDERS = ("transforms", "delays", "stability")
+
+
+@pytest.fixture(autouse=True)
+def _strict_jax(request: pytest.FixtureRequest):
+    """The core promises never to promote a dtype or a rank behind the caller's back."""
+    if request.path.parent.name not in STRICT_FOLDERS:
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tfds_data_dir() -> Path:
+    """The folder with the real data sets; a test that asks for it skips where there is none."""
+    folder = Path(os.environ.get("TFDS_DATA_DIR", Path(__file__).parents[2] / "shared" / "tfds"))
+    if not (folder / "mnist").is_dir():
+        pytest.skip(f"no prepared data sets in {folder}: set TFDS_DATA_DIR")
+    os.environ["TFDS_DATA_DIR"] = str(folder)
+    return folder
