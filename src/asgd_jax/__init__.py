@@ -1,5 +1,31 @@
-"""Delayed (asynchronous) SGD in JAX, and the theory of when it is stable."""
+"""Delayed (asynchronous) SGD in JAX, and the theory of when it is stable.
+
+>>> import asgd_jax, optax
+>>> tx = asgd_jax.delayed(optax.sgd(0.01), delay=32)
+"""
 
 from asgd_jax import delays
+from asgd_jax.delays import DelayProcess
+from asgd_jax.transforms import (
+    DelayedState,
+    DelayGradientsState,
+    ShiftedTraceState,
+    delay_gradients,
+    delayed,
+    shifted_sgd,
+    shifted_trace,
+    stale_params,
+)
 
-__all__ = ["delays"]
+__all__ = [
+    "DelayGradientsState",
+    "DelayProcess",
+    "DelayedState",
+    "ShiftedTraceState",
+    "delay_gradients",
+    "delayed",
+    "delays",
+    "shifted_sgd",
+    "shifted_trace",
+    "stale_params",
+]

@@ -1,0 +1,82 @@
+"""`delay_gradients`: a queue of gradients; delay without a change to the training loop."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from asgd_jax.delays.processes import DelayProcess, as_process
+from asgd_jax.transforms.history import PyTree, init_history, read_slot, write_slot
+
+
+class DelayGradientsState(NamedTuple):
+    """State of `delay_gradients`: updates seen, ring of `max_delay + 1` gradients, random key."""
+
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as optax's states do
+    gradients: PyTree
+    key: jax.Array
+
+
+def delay_gradients(
+    delay: int | DelayProcess, *, seed: int | jax.Array = 0
+) -> optax.GradientTransformation:
+    r"""Hands on the gradient that came in `delay` updates ago, and zero until there is one.
+
+    $$u_t = g_{t - \tau_t} \;\text{ if } t \ge \tau_t, \text{ else } 0$$
+
+    Chained before an optimizer, it delays the same recursion as `delayed` does, seen from the
+    worker: with $y$ the parameters of this loop and $x$ those of `delayed`, $y_{t + \tau} = x_t$,
+    batch for batch, for a constant delay and an `inner` that leaves the parameters alone while the
+    gradients are zero and does not count updates (SGD and momentum; Adam's bias correction and
+    schedules do count, and see the tau empty updates). With a random delay a gradient may be used
+    several times, or never.
+
+    Prefer it where the loop cannot be changed; prefer `delayed` otherwise: there every gradient is
+    used at once, and staleness-aware transforms see the staleness.
+
+    Args:
+      delay: int >= 0, or a `DelayProcess`.
+      seed: seed of the delay process.
+
+    Returns:
+      A GradientTransformation with a `DelayGradientsState`; dtypes are those of the gradients'
+      parameters.
+
+    Raises:
+      ValueError: for a delay that is neither an integer >= 0 nor a DelayProcess.
+
+    >>> tx = delay_gradients(2)
+    >>> state = tx.init(jnp.array(0.0))
+    >>> for step in range(4):
+    ...     update, state = tx.update(jnp.array(step + 1.0), state)
+    ...     print(update)
+    0.0
+    0.0
+    1.0
+    2.0
+
+    References:
+      Giladi et al., "At Stability's Edge", ICLR 2020, eq. 5.
+    """
+    process = as_process(delay)
+
+    def init_fn(params: PyTree) -> DelayGradientsState:
+        return DelayGradientsState(
+            count=jnp.zeros((), jnp.int32),
+            gradients=init_history(optax.tree.zeros_like(params), process.max_delay + 1),
+            key=jax.random.PRNGKey(seed),
+        )
+
+    def update_fn(
+        updates: PyTree, state: DelayGradientsState, params: PyTree | None = None
+    ) -> tuple[PyTree, DelayGradientsState]:
+        del params
+        # Written first, read from the result: the other order would copy the ring, because a
+        # gradient does not depend on the one it replaces. This costs one slot more than a queue.
+        gradients = write_slot(state.gradients, state.count, updates)
+        staleness = process.sample(state.key, state.count)
+        old = read_slot(gradients, state.count - staleness)
+        return old, DelayGradientsState(state.count + 1, gradients, state.key)
+
+    return optax.GradientTransformation(init_fn, update_fn)
