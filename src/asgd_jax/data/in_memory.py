@@ -1,0 +1,163 @@
+"""Data sets small enough to live on the device whole: digits, MNIST, CIFAR-10 and CIFAR-100."""
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from asgd_jax.data.normalize import Normalizer, channel_statistics, normalize_with
+from asgd_jax.data.prepared import prepared_builder
+from asgd_jax.delays.processes import as_integer
+
+DATASETS = ("digits", "mnist", "cifar10", "cifar100")
+NORMALIZATIONS = ("own", "half")
+
+_DIGITS_VALIDATION = 360
+
+Arrays = tuple[np.ndarray, np.ndarray]
+
+
+class Dataset(NamedTuple):
+    """A classification data set in host memory.
+
+    Attributes:
+      name: what `load` was asked for.
+      train_images: uint8 array of shape (num_train, height, width, channels).
+      train_labels: int32 array of shape (num_train,).
+      validation_images: uint8, like `train_images`.
+      validation_labels: int32, like `train_labels`.
+      num_classes: labels are 0, ..., num_classes - 1.
+      mean: float32 array of shape (channels,), of intensities in [0, 1]; `normalizer` subtracts it.
+      std: float32 array of shape (channels,), of intensities in [0, 1]; `normalizer` divides by it.
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    validation_images: np.ndarray
+    validation_labels: np.ndarray
+    num_classes: int
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def stratified_order(labels: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Returns a shuffled order of which every prefix holds the classes in their proportions.
+
+    The r-th of the n_c members of class c stands at (r + 1/2) / n_c of the whole; ties keep the
+    shuffled order. Prefixes are nested, so a small run's data is part of a large one's.
+
+    Args:
+      labels: integers of shape (n,).
+      seed: of the shuffle, an integer >= 0.
+
+    Returns:
+      Integers of shape (n,), a permutation of 0, ..., n - 1.
+
+    >>> labels = np.array([0, 0, 0, 0, 1, 1])
+    >>> sorted(labels[stratified_order(labels)[:3]].tolist())
+    [0, 0, 1]
+    """
+    shuffled = np.random.default_rng(as_integer(seed, "seed")).permutation(len(labels))
+    _, member_of, counts = np.unique(labels[shuffled], return_inverse=True, return_counts=True)
+    by_class = np.argsort(member_of, kind="stable")
+    rank = np.empty(len(labels))
+    rank[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return shuffled[np.argsort((rank + 0.5) / counts[member_of], kind="stable")]
+
+
+def _subset(arrays: Arrays, size: int | None, what: str, seed: int) -> Arrays:
+    """The first `size` in stratified order, put back in the order of the files."""
+    images, labels = arrays
+    if size is None:
+        return arrays
+    if not 1 <= as_integer(size, what) <= len(labels):
+        raise ValueError(
+            f"{what}={size}: there are {len(labels)} samples, ask for 1 to {len(labels)}"
+        )
+    keep = np.sort(stratified_order(labels, seed)[:size])
+    return images[keep], labels[keep]
+
+
+def _load_digits(seed: int) -> tuple[Arrays, Arrays, int]:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    # Intensities are 0, ..., 16: seventeen distinct bytes, so nothing is lost by the rounding.
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    labels = bunch.target.astype(np.int32)
+    order = stratified_order(labels, seed)
+    train, validation = np.sort(order[:-_DIGITS_VALIDATION]), np.sort(order[-_DIGITS_VALIDATION:])
+    return (images[train], labels[train]), (images[validation], labels[validation]), 10
+
+
+def _load_tfds(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[Arrays, Arrays, int]:
+    builder = prepared_builder(name, data_dir)
+
+    def read(split: str) -> Arrays:
+        # One batch of everything: TFDS decodes in parallel and keeps the order of the files.
+        batch = builder.as_dataset(split=split, batch_size=-1, shuffle_files=False)
+        return batch["image"].numpy(), batch["label"].numpy().astype(np.int32)
+
+    return read("train"), read("test"), builder.info.features["label"].num_classes
+
+
+def load(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    num_train: int | None = None,
+    num_validation: int | None = None,
+    normalize: str = "own",
+    seed: int = 0,
+) -> Dataset:
+    """Loads a data set into host memory, as uint8; `normalizer` turns it to float32 on the device.
+
+    The validation set is the official test split; for digits, which has none, 360 of the 1,797
+    images, stratified, leaving 1,437 to train on. digits comes with scikit-learn, the others come
+    through TFDS.
+
+    Args:
+      name: one of `DATASETS`.
+      data_dir: folder or `gs://` address of TFDS's prepared data; TFDS_DATA_DIR by default.
+      num_train: keep only so many training samples, in class proportions; smaller subsets lie
+        within larger ones.
+      num_validation: the same for the validation set.
+      normalize: "own" for the mean and standard deviation of each channel over the training
+        samples kept, "half" for (x - 0.5) / 0.5 with x in [0, 1].
+      seed: picks the subsets and, for digits, the split. It isn't the run's seed: runs that are
+        compared should share it.
+
+    Returns:
+      A `Dataset`.
+
+    Raises:
+      ValueError: for an unknown name or normalisation, or a subset larger than the set.
+      DatasetNotFoundError: when the data is neither in the folder nor downloadable.
+
+    >>> digits = load("digits")
+    >>> digits.train_images.shape, digits.validation_images.shape, digits.train_images.dtype
+    ((1437, 8, 8, 1), (360, 8, 8, 1), dtype('uint8'))
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}: use one of {', '.join(DATASETS)}")
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"unknown normalize={normalize!r}: use one of {', '.join(NORMALIZATIONS)}")
+    read = _load_digits(seed) if name == "digits" else _load_tfds(name, data_dir)
+    train = _subset(read[0], num_train, "num_train", seed)
+    validation = _subset(read[1], num_validation, "num_validation", seed)
+    if normalize == "own":
+        mean, std = channel_statistics(train[0])
+    else:
+        mean = std = np.full(train[0].shape[-1], 0.5, np.float32)
+    return Dataset(name, *train, *validation, num_classes=read[2], mean=mean, std=std)
+
+
+def normalizer(dataset: Dataset) -> Normalizer:
+    """Returns the data set's normalisation: uint8 (or floats in 0, ..., 255) to float32, jittable.
+
+    >>> digits = load("digits")
+    >>> float(abs(normalizer(digits)(digits.train_images).mean())) < 1e-4
+    True
+    """
+    return normalize_with(dataset.mean, dataset.std)

@@ -1,0 +1,106 @@
+"""Data sets that TFDS has prepared, and what to say when they are missing.
+
+TensorFlow only reads and decodes here. It is imported at the first use, never with the package, and
+is kept away from the accelerators, which belong to JAX.
+"""
+
+import contextlib
+import functools
+import os
+import urllib.request
+from types import ModuleType
+from typing import Any
+
+# TFDS retries an unreachable host for minutes; one short request tells beforehand.
+_PROBE_SECONDS = 5.0
+_DOWNLOADS = {
+    "mnist": "https://storage.googleapis.com/cvdf-datasets/mnist/t10k-labels-idx1-ubyte.gz",
+    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    "cifar100": "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+}
+
+
+class DatasetNotFoundError(FileNotFoundError):
+    """A data set is neither prepared in the folder nor within reach of the network."""
+
+
+@functools.cache
+def tensorflow_modules() -> tuple[ModuleType, ModuleType]:
+    """Returns the modules (tensorflow, tensorflow_datasets), quiet and without accelerators."""
+    # All three are read once, while TensorFlow starts. oneDNN serves nothing here but its greeting.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    import tensorflow as tf
+
+    # A program that has already used TensorFlow on the GPU chose so itself.
+    with contextlib.suppress(RuntimeError):
+        tf.config.set_visible_devices([], "GPU")
+    import tensorflow_datasets as tfds
+
+    return tf, tfds
+
+
+def resolve_data_dir(data_dir: str | os.PathLike[str] | None) -> str:
+    """Returns the folder of prepared data: the argument, else TFDS_DATA_DIR, else TFDS's default.
+
+    TFDS reads the variable only while it is imported; here it counts at the time of the call.
+
+    >>> resolve_data_dir("gs://bucket/tfds")
+    'gs://bucket/tfds'
+    """
+    if data_dir:
+        return os.path.expanduser(os.fspath(data_dir))
+    default = os.path.join(os.path.expanduser("~"), "tensorflow_datasets")
+    return os.environ.get("TFDS_DATA_DIR") or default
+
+
+def _not_found(name: str, folder: str, reason: str) -> DatasetNotFoundError:
+    reason = " ".join(reason.split())[:200]
+    other = "run where the network lets TFDS download it"
+    if name not in _DOWNLOADS:
+        other = f"prepare it from its archives with `tfds build {name}`"
+    return DatasetNotFoundError(
+        f"{name} is not in {folder} and was not downloaded ({reason}): set TFDS_DATA_DIR or "
+        f"--config.data_dir to a folder that holds it, or {other}"
+    )
+
+
+def _download(builder: Any, name: str, folder: str) -> None:
+    url = _DOWNLOADS.get(name)
+    if url is None:
+        raise _not_found(name, folder, "TFDS has no automatic download of it")
+    try:
+        request = urllib.request.Request(url, method="HEAD")
+        with urllib.request.urlopen(request, timeout=_PROBE_SECONDS):
+            pass
+        builder.download_and_prepare()
+    except (
+        Exception
+    ) as error:  # network, disk, checksum: whatever it was, the remedies are the same
+        raise _not_found(name, folder, f"{type(error).__name__}: {error}") from error
+
+
+def prepared_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> Any:
+    """Returns the TFDS builder of a data set that is ready to read, downloading it when it can.
+
+    Args:
+      name: TFDS's name of the data set. Of the versions in the folder the newest is read.
+      data_dir: folder (or `gs://` address) of prepared data; see `resolve_data_dir`.
+
+    Returns:
+      A `tfds.core.DatasetBuilder` whose `as_dataset` works.
+
+    Raises:
+      DatasetNotFoundError: one line with the data set, the folder looked in and the remedies.
+        ImageNet is never downloaded: its archives need a licence, and preparing them takes hours.
+    """
+    _, tfds = tensorflow_modules()
+    folder = resolve_data_dir(data_dir)
+    try:
+        builder = tfds.builder(f"{name}:*.*.*", data_dir=folder)
+        prepared = builder.is_prepared()
+    except Exception as error:  # TFDS has no common base class for what a folder can do to it
+        raise _not_found(name, folder, f"{type(error).__name__}: {error}") from error
+    if not prepared:
+        _download(builder, name, folder)
+    return builder

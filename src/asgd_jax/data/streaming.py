@@ -1,0 +1,256 @@
+"""ImageNet as a stream of batches, decoded and augmented on the host, that can be resumed.
+
+The stream is a function of (seed, step). Every epoch has its own order (files shuffled, then a
+shuffle buffer of encoded images) and every image of an epoch its own draws, keyed by seed, epoch
+and position. A stream started at step s therefore equals an uninterrupted one from s on: the
+earlier epochs aren't read at all, the earlier images of this epoch are read but not decoded.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from asgd_jax.data import jpeg
+from asgd_jax.data.prepared import prepared_builder, tensorflow_modules
+from asgd_jax.delays.processes import as_integer
+
+NAME = "imagenet2012"
+
+PathLike = str | os.PathLike[str]
+TrainBatch = tuple[np.ndarray, np.ndarray]
+ValidationBatch = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class StreamSizes(NamedTuple):
+    """Sizes of a streamed data set: training and validation images, and classes."""
+
+    num_train: int
+    num_validation: int
+    num_classes: int
+
+
+class _Share(NamedTuple):
+    process_index: int
+    process_count: int
+    size: int
+    used: int  # without the incomplete last batch
+
+
+class _Order(NamedTuple):
+    seed: int
+    buffer_size: int
+    first_epoch: int
+    skipped: int  # images of the first epoch that come before the first step
+    num_epochs: int | None
+
+
+def stream_sizes(data_dir: PathLike | None = None, *, name: str = NAME) -> StreamSizes:
+    """Returns how many images and classes the prepared data set has, without reading an image.
+
+    Raises:
+      DatasetNotFoundError: when the folder doesn't hold the data set.
+    """
+    info = prepared_builder(name, data_dir).info
+    return StreamSizes(
+        info.splits["train"].num_examples,
+        info.splits["validation"].num_examples,
+        info.features["label"].num_classes,
+    )
+
+
+def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process_index={process_index} of process_count={process_count}: it must be 0 to "
+            f"{max(process_count - 1, 0)}"
+        )
+    if as_integer(batch_size, "batch_size") == 0 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size={batch_size} can't be shared by {process_count} processes: use a multiple "
+            f"of {process_count}"
+        )
+    return batch_size // process_count
+
+
+def _read_encoded(builder: Any, split: str, start: int, stop: int, shuffle_seed: Any) -> Any:
+    """Images start, ..., stop - 1 of a split, still encoded: pairs of bytes and int32 label."""
+    tf, tfds = tensorflow_modules()
+    # The number of files read at a time is part of the order, so it mustn't depend on the machine.
+    config = tfds.ReadConfig(
+        try_autocache=False,
+        skip_prefetch=True,
+        shuffle_seed=shuffle_seed,
+        shuffle_reshuffle_each_iteration=False,
+        interleave_cycle_length=16,
+        interleave_block_length=16,
+    )
+    dataset = builder.as_dataset(
+        split=f"{split}[{start}:{stop}]",
+        shuffle_files=shuffle_seed is not None,
+        decoders={"image": tfds.decode.SkipDecoding()},
+        read_config=config,
+    )
+    return dataset.map(lambda example: (example["image"], tf.cast(example["label"], tf.int32)))
+
+
+def _read_epochs(builder: Any, share: _Share, order: _Order) -> Any:
+    """All epochs in turn: triples of draws for the augmentation, bytes and label.
+
+    One graph serves every epoch, as the seeds are tensors: on a small set, building a graph for
+    each would take as long as decoding its images.
+    """
+    tf, _ = tensorflow_modules()
+    first = share.process_index * share.size
+
+    def read_epoch(epoch: Any) -> Any:
+        seeds = tf.random.stateless_uniform(
+            [3],
+            tf.stack([tf.constant(order.seed, tf.int64), epoch]),
+            None,
+            None,
+            tf.int64,
+            "philox",
+        )
+        skipped = tf.where(epoch == order.first_epoch, tf.constant(order.skipped, tf.int64), 0)
+        encoded = _read_encoded(builder, "train", first, first + share.size, seeds[0])
+        encoded = encoded.shuffle(order.buffer_size, seeds[1], reshuffle_each_iteration=False)
+
+        def draw(position: Any, example: tuple[Any, Any]) -> tuple[Any, Any, Any]:
+            # A number of its own for every image of the epoch, over all processes.
+            counter = position * share.process_count + share.process_index
+            key = tf.stack([seeds[2], counter])
+            return tf.random.stateless_uniform([jpeg.NUM_DRAWS], key, alg="philox"), *example
+
+        return encoded.take(share.used).enumerate().skip(skipped).map(draw)
+
+    plain = tf.autograph.experimental.do_not_convert  # TFDS's reader isn't its to rewrite
+    last = np.iinfo(np.int64).max if order.num_epochs is None else order.num_epochs
+    return tf.data.Dataset.range(order.first_epoch, last).flat_map(plain(read_epoch))
+
+
+def train_batches(
+    data_dir: PathLike | None = None,
+    *,
+    batch_size: int,
+    image_size: int = 224,
+    seed: int = 0,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_epochs: int | None = None,
+    shuffle_buffer: int = 8192,
+    antialias: bool = False,
+    name: str = NAME,
+) -> Iterator[TrainBatch]:
+    """Yields augmented training batches: random-resized crop and flip, in a reproducible order.
+
+    Process p of P reads its own contiguous 1/P of the images, the same ones every epoch. An epoch
+    is num_train // batch_size steps, as in `plan_batches`; the incomplete last batch is dropped.
+
+    Args:
+      data_dir: folder or `gs://` address of TFDS's prepared data; TFDS_DATA_DIR by default.
+      batch_size: samples of a step over all processes; a multiple of `process_count`.
+      image_size: pixels of a side.
+      seed: of order and augmentation.
+      start_step: first step to yield.
+      process_index: p, of this process (`jax.process_index()`).
+      process_count: P (`jax.process_count()`).
+      num_epochs: where the stream ends, counted from step 0; never by default.
+      shuffle_buffer: encoded images held for shuffling (ImageNet: about 110 KB each).
+      antialias: filter before shrinking a crop; takes 0.5 to 1.2 ms of CPU time an image.
+      name: TFDS's name of the data set, JPEG-coded with features "image" and "label".
+
+    Returns:
+      Iterator of (images, labels): uint8 (b, image_size, image_size, 3) and int32 (b,), with
+      b = batch_size / process_count.
+
+    Raises:
+      DatasetNotFoundError: when the folder doesn't hold the data set.
+      ValueError: when the batch can't be shared by the processes or exceeds the data set.
+    """
+    local = _local_batch_size(batch_size, process_index, process_count)
+    builder = prepared_builder(name, data_dir)
+    total = builder.info.splits["train"].num_examples
+    size = total // process_count
+    if size < local:
+        raise ValueError(f"batch_size={batch_size} exceeds the {total} training images: lower it")
+    epoch, position = divmod(as_integer(start_step, "start_step"), size // local)
+    share = _Share(process_index, process_count, size, size - size % local)
+    order = _Order(as_integer(seed, "seed"), shuffle_buffer, epoch, position * local, num_epochs)
+    tf, _ = tensorflow_modules()
+    images = _read_epochs(builder, share, order).map(
+        lambda draws, encoded, label: (
+            jpeg.decode_train(encoded, draws, image_size, antialias),
+            label,
+        ),
+        num_parallel_calls=tf.data.AUTOTUNE,
+        deterministic=True,
+    )
+    return images.batch(local, drop_remainder=True).prefetch(4).as_numpy_iterator()
+
+
+def validation_batches(
+    data_dir: PathLike | None = None,
+    *,
+    batch_size: int,
+    image_size: int = 224,
+    process_index: int = 0,
+    process_count: int = 1,
+    antialias: bool = False,
+    name: str = NAME,
+) -> Iterator[ValidationBatch]:
+    """Yields the whole validation set once: short side to 256/224 of the size, centre crop.
+
+    Nothing is dropped: the last batch is filled up with black images of mask 0, and every process
+    yields equally many batches, so that collective operations stay in step.
+
+    Args:
+      data_dir: folder or `gs://` address of TFDS's prepared data; TFDS_DATA_DIR by default.
+      batch_size: samples of a batch over all processes; a multiple of `process_count`.
+      image_size: pixels of a side.
+      process_index: of this process.
+      process_count: of all.
+      antialias: as given to `train_batches`.
+      name: as given to `train_batches`.
+
+    Returns:
+      Iterator of (images, labels, mask): uint8 (b, image_size, image_size, 3), int32 (b,) and
+      float32 (b,) with b = batch_size / process_count; mask is 1 for an image, 0 for filling.
+
+    Raises:
+      DatasetNotFoundError: when the folder doesn't hold the data set.
+      ValueError: when the batch can't be shared by the processes.
+    """
+    local = _local_batch_size(batch_size, process_index, process_count)
+    builder = prepared_builder(name, data_dir)
+    total = builder.info.splits["validation"].num_examples
+    start, stop = (total * index // process_count for index in (process_index, process_index + 1))
+    largest_share = -(-total // process_count)
+    num_batches = -(-largest_share // local)
+
+    def read() -> Iterator[TrainBatch]:
+        if start == stop:
+            return
+        tf, _ = tensorflow_modules()
+        dataset = _read_encoded(builder, "validation", start, stop, None).map(
+            lambda encoded, label: (jpeg.decode_validation(encoded, image_size, antialias), label),
+            num_parallel_calls=tf.data.AUTOTUNE,
+            deterministic=True,
+        )
+        yield from dataset.batch(local).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+
+    def generate() -> Iterator[ValidationBatch]:
+        batches = read()
+        nothing = np.zeros((0, image_size, image_size, 3), np.uint8), np.zeros(0, np.int32)
+        for _ in range(num_batches):
+            images, labels = next(batches, nothing)
+            missing = local - len(labels)
+            mask = np.ones(len(labels), np.float32)
+            if missing:
+                images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+                labels, mask = np.pad(labels, (0, missing)), np.pad(mask, (0, missing))
+            yield images, labels, mask
+
+    return generate()
