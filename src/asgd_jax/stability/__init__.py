@@ -1,1 +1,26 @@
 """When delayed SGD is stable: thresholds, growth times, learning-rate rules."""
+
+from asgd_jax.stability.characteristic import characteristic_polynomial
+from asgd_jax.stability.growth import growth_time, spectral_radius
+from asgd_jax.stability.lyapunov import (
+    LyapunovExponent,
+    LyapunovLearningRate,
+    lyapunov_exponent,
+    lyapunov_max_learning_rate,
+)
+from asgd_jax.stability.rules import rescale_learning_rate
+from asgd_jax.stability.thresholds import max_delay, max_learning_rate, max_sharpness
+
+__all__ = [
+    "LyapunovExponent",
+    "LyapunovLearningRate",
+    "characteristic_polynomial",
+    "growth_time",
+    "lyapunov_exponent",
+    "lyapunov_max_learning_rate",
+    "max_delay",
+    "max_learning_rate",
+    "max_sharpness",
+    "rescale_learning_rate",
+    "spectral_radius",
+]

@@ -1,0 +1,152 @@
+"""Which learning rate is stable under my delay? A table for the terminal.
+
+python -m asgd_jax.stability --delay 32 --momentum 0.9 --kind shifted --sharpness 20
+python -m asgd_jax.stability --uniform 1 64 --learning-rate 0.01 --sharpness 20
+python -m asgd_jax.stability --workers 16 --schedule normal --baseline-learning-rate 0.8
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from asgd_jax import delays
+from asgd_jax.stability.arguments import KINDS, Delay
+from asgd_jax.stability.plot import plot_thresholds
+from asgd_jax.stability.report import Question, answer, render
+
+_DEFAULT_MOMENTUM = 0.9  # of the table's comparison, when none is given
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print its usage too."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = _Parser(
+        prog="python -m asgd_jax.stability",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    group = parser.add_argument_group("delay (one of these)").add_mutually_exclusive_group(
+        required=True
+    )
+    group.add_argument("--delay", type=int, metavar="N", help="every gradient is N updates old")
+    group.add_argument(
+        "--uniform", type=int, nargs=2, metavar=("LOW", "HIGH"), help="uniform on LOW, ..., HIGH"
+    )
+    group.add_argument(
+        "--normal", nargs="+", metavar=("MEAN", "STD"), help="Gaussian, rounded; STD is 1 if absent"
+    )
+    group.add_argument(
+        "--pmf", metavar="P", help="probabilities of delay 0, 1, ...: 0,0.5,0.5 or a text file"
+    )
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="simulate N workers of one parameter server"
+    )
+    parser.add_argument(
+        "--schedule",
+        default="round_robin",
+        help="of --workers: round_robin (default), random or normal",
+    )
+    parser.add_argument(
+        "--updates", type=int, default=50_000, help="simulated with --workers (default 50000)"
+    )
+    parser.add_argument(
+        "--momentum", type=float, help=f"in [0, 1); {_DEFAULT_MOMENTUM} to compare, if absent"
+    )
+    parser.add_argument(
+        "--kind", choices=KINDS, default="heavy_ball", help="of your momentum (default heavy_ball)"
+    )
+    parser.add_argument(
+        "--no-dampening",
+        action="store_true",
+        help="your momentum adds the whole gradient, as torch and optax do by default",
+    )
+    parser.add_argument("--sharpness", type=float, help="largest eigenvalue of the Hessian")
+    parser.add_argument(
+        "--learning-rate", type=float, help="yours: is it stable, up to which delay"
+    )
+    parser.add_argument(
+        "--baseline-learning-rate",
+        type=float,
+        help="one that works without delay: print what eq. 8 makes of it; without --sharpness, "
+        "assume the sharpest minimum that it keeps stable",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw 1/h* against the delay")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code, 2 for bad input."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        delay, description = _read_delay(options)
+        question = Question(
+            delay,
+            description,
+            momentum=_DEFAULT_MOMENTUM if options.momentum is None else options.momentum,
+            kind=options.kind,
+            dampening=not options.no_dampening,
+            sharpness=options.sharpness,
+            learning_rate=options.learning_rate,
+            baseline=options.baseline_learning_rate,
+        )
+        answered = answer(question)
+        if options.plot is not None:
+            plot_thresholds(question, answered, options.plot)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    print(json.dumps(answered, indent=2, allow_nan=False) if options.json else render(answered))
+    return 0
+
+
+def _read_delay(options: argparse.Namespace) -> tuple[Delay, str]:
+    """The delay that the options name, and its description."""
+    if options.delay is not None:
+        return delays.as_integer(options.delay, "delay"), f"{options.delay} updates"
+    if options.uniform is not None:
+        low, high = options.uniform
+        return delays.uniform(low, high), f"uniform on {low}, ..., {high}"
+    if options.normal is not None:
+        mean, std = _read_normal(options.normal)
+        return delays.discretized_normal(mean, std), f"normal, mean {mean}, std {std:g}"
+    if options.pmf is not None:
+        return delays.categorical(_read_pmf(options.pmf)), f"probabilities {options.pmf}"
+    trace = delays.simulate_workers(
+        options.workers, options.updates, schedule=options.schedule, seed=0
+    )
+    return delays.from_trace(trace), f"{options.workers} workers, {options.schedule} schedule"
+
+
+def _read_normal(texts: list[str]) -> tuple[int, float]:
+    try:
+        mean, std = int(texts[0]), float(texts[1]) if len(texts) > 1 else 1.0
+    except ValueError:
+        raise ValueError(f"--normal takes a whole MEAN and a number STD, got {texts}") from None
+    if len(texts) > 2:
+        raise ValueError(f"--normal takes MEAN and at most one STD, got {len(texts)} values")
+    return mean, std
+
+
+def _read_pmf(text: str) -> list[float]:
+    """Numbers with commas or blanks between them, given directly or in a file."""
+    path = Path(text)
+    source = path.read_text() if path.is_file() else text
+    try:
+        return [float(number) for number in source.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(
+            f"--pmf must be a file or numbers with commas between them, got {text!r}"
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""The table that answers: which learning rate is stable under this delay, for which momentum?"""
+
+import math
+from typing import Any, NamedTuple
+
+from asgd_jax.delays import DelayProcess
+from asgd_jax.stability.arguments import Delay, Kind, as_delay, as_momentum, is_trace, positive
+from asgd_jax.stability.growth import growth_time
+from asgd_jax.stability.lyapunov import lyapunov_exponent, lyapunov_max_learning_rate
+from asgd_jax.stability.rules import mean_delay, rescale_learning_rate
+from asgd_jax.stability.thresholds import max_delay, max_learning_rate
+
+
+class Question(NamedTuple):
+    """What a person asks.
+
+    Attributes:
+      delay: int, mass function or DelayProcess.
+      description: the delay in words.
+      momentum, kind, dampening: the method in use, marked in the answer.
+      sharpness: of the minimum; None to take the sharpest that `baseline` keeps stable, or else 1.
+      learning_rate: the one in use, or None.
+      baseline: a learning rate that works without delay, or None.
+    """
+
+    delay: Delay
+    description: str
+    momentum: float = 0.0
+    kind: Kind = "heavy_ball"
+    dampening: bool = True
+    sharpness: float | None = None
+    learning_rate: float | None = None
+    baseline: float | None = None
+
+
+class Method(NamedTuple):
+    """One row: a name and the arguments of the library's functions."""
+
+    name: str
+    momentum: float
+    kind: Kind = "heavy_ball"
+    dampening: bool = True
+
+    def arguments(self) -> dict[str, Any]:
+        return {"momentum": self.momentum, "kind": self.kind, "dampening": self.dampening}
+
+
+def methods(momentum: float) -> list[Method]:
+    """The four methods to compare; without momentum they are one.
+
+    >>> [method.name for method in methods(0.9)]
+    ['no momentum', 'heavy ball, damped', 'heavy ball, undamped', 'shifted']
+    """
+    none = Method("no momentum", 0.0)
+    if momentum == 0.0:
+        return [none]
+    return [
+        none,
+        Method("heavy ball, damped", momentum),
+        Method("heavy ball, undamped", momentum, dampening=False),
+        Method("shifted", momentum, kind="shifted"),
+    ]
+
+
+def answer(question: Question) -> dict[str, Any]:
+    """Everything the table says, as numbers; JSON-ready (None where there is no finite number).
+
+    Raises:
+      ValueError: naming the bad entry of the question.
+
+    >>> answer(Question(32, "32 updates", sharpness=20.0))["methods"][0]["max_learning_rate"]
+    0.0024163745...
+    """
+    as_momentum(question.momentum, question.kind, question.dampening)
+    for name in ("sharpness", "learning_rate", "baseline"):
+        if getattr(question, name) is not None:
+            positive(getattr(question, name), name)
+    used = _used(question)
+    sharpness, source = question.sharpness, "given"
+    if sharpness is None and question.baseline is not None:
+        sharpness = max_learning_rate(0, **used.arguments()) / question.baseline
+        source = "the sharpest that the rate without delay keeps stable"
+    elif sharpness is None:
+        sharpness, source = 1.0, "not given: rates are learning rate x sharpness"
+    compared = methods(question.momentum)
+    if used not in compared:
+        compared.append(used)
+    rows = [_row(question, method, sharpness, method == used) for method in compared]
+    answered = {
+        "delay": question.description,
+        "mean_delay": mean_delay(question.delay),
+        "staleness": _sort(question.delay),
+        "sharpness": sharpness,
+        "sharpness_source": source,
+        "momentum": question.momentum,
+        "learning_rate": question.learning_rate,
+        "baseline_learning_rate": question.baseline,
+        "methods": rows,
+    }
+    if question.baseline is not None:
+        answered["rules"] = _rules(question, used, sharpness, rows[compared.index(used)])
+    return answered
+
+
+def _used(question: Question) -> Method:
+    if question.momentum == 0.0:
+        return Method("no momentum", 0.0)
+    wanted = Method("", question.momentum, question.kind, question.dampening)
+    for method in methods(question.momentum):
+        if method[1:] == wanted[1:]:
+            return method
+    return wanted._replace(name="shifted, undamped")
+
+
+def _sort(delay: Delay) -> str:
+    if is_trace(delay):
+        return "trace"
+    return "constant" if isinstance(as_delay(delay), int) else "random"
+
+
+def _row(question: Question, method: Method, sharpness: float, used: bool) -> dict[str, Any]:
+    delay, arguments = question.delay, method.arguments()
+    row: dict[str, Any] = {"name": method.name, "used": used, **arguments}
+    sort = _sort(delay)
+    if sort == "trace":
+        assert isinstance(delay, DelayProcess)
+        estimate = lyapunov_max_learning_rate(delay, sharpness=sharpness, **arguments)
+        row["max_learning_rate"], row["standard_error"] = estimate
+    else:
+        row["max_learning_rate"] = max_learning_rate(delay, sharpness=sharpness, **arguments)
+    if sort == "random":
+        row["max_learning_rate_mean_square"] = max_learning_rate(
+            delay, sharpness=sharpness, criterion="mean_square", **arguments
+        )
+    if question.learning_rate is not None:
+        time = _growth_time(delay, question.learning_rate * sharpness, arguments)
+        row["stable"] = math.isinf(time)
+        row["growth_time"] = None if math.isinf(time) else time
+        row["max_constant_delay"] = max_delay(
+            question.learning_rate, sharpness=sharpness, **arguments
+        )
+    return row
+
+
+def _rules(
+    question: Question, used: Method, sharpness: float, row: dict[str, Any]
+) -> dict[str, float]:
+    """Eq. 8 for the method in use; for random delays `exact` keeps the mean square stable."""
+    assert question.baseline is not None
+    # The threshold is at hand, and for a trace it is slow to find again.
+    delayed = row.get("max_learning_rate_mean_square", row["max_learning_rate"])
+    undelayed = max_learning_rate(0, sharpness=sharpness, **used.arguments())
+    return {
+        "inverse": rescale_learning_rate(question.baseline, question.delay),
+        "exact": question.baseline * delayed / undelayed,
+    }
+
+
+def _growth_time(delay: Delay, step: float, arguments: dict[str, Any]) -> float:
+    """Steps per e-fold: of the trajectory for a trace, of the root mean square otherwise."""
+    if not is_trace(delay):
+        return growth_time(delay, step=step, criterion="mean_square", **arguments)
+    exponent = lyapunov_exponent(delay, step=step, **arguments).value
+    return 1.0 / exponent if exponent > 0.0 else math.inf
+
+
+def render(answered: dict[str, Any]) -> str:
+    """The answer as an aligned table.
+
+    >>> print(render(answer(Question(32, "32 updates", sharpness=20.0))))
+    delay      32 updates (constant)
+    sharpness  20 (given)
+    <BLANKLINE>
+                   largest stable
+                    learning rate
+    * no momentum       0.0024164
+    <BLANKLINE>
+    * your method
+    """
+    head = [
+        ("delay", f"{answered['delay']} ({answered['staleness']})"),
+        ("sharpness", f"{answered['sharpness']:.5g} ({answered['sharpness_source']})"),
+    ]
+    if answered["momentum"]:
+        head.append(("momentum", f"{answered['momentum']:g}"))
+    if answered["staleness"] != "constant":
+        head.append(("mean delay", f"{answered['mean_delay']:.5g} updates"))
+    width = max(len(name) for name, _ in head)
+    lines = [f"{name:<{width}}  {text}" for name, text in head]
+    return "\n".join([*lines, "", *_align(_columns(answered)), "", *_notes(answered)])
+
+
+def _columns(answered: dict[str, Any]) -> list[list[str]]:
+    """Columns of text; the first two entries of each are its title."""
+    rows = answered["methods"]
+    names = [("* " if row["used"] else "  ") + row["name"] for row in rows]
+    columns = [["", "", *names]]
+
+    def add(first: str, second: str, texts: list[str]) -> None:
+        columns.append([first, second, *texts])
+
+    rates = [_number(row["max_learning_rate"]) for row in rows]
+    if answered["staleness"] == "random":
+        squares = [_number(row["max_learning_rate_mean_square"]) for row in rows]
+        add("largest stable", "in mean square", squares)
+        add("(in the mean", "only)", rates)
+    else:
+        add("largest stable", "learning rate", rates)
+    if answered["staleness"] == "trace":
+        add("standard", "error", [f"{row['standard_error']:.1g}" for row in rows])
+    if answered["learning_rate"] is not None:
+        rate = f"{answered['learning_rate']:g}"
+        times = ["stable" if row["stable"] else f"{row['growth_time']:,.3g}" for row in rows]
+        delays = [row["max_constant_delay"] for row in rows]
+        add("steps per", f"e-fold at {rate}", times)
+        add(
+            "largest constant",
+            f"delay at {rate}",
+            ["none" if d is None else f"{d}" for d in delays],
+        )
+    return columns
+
+
+def _align(columns: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for texts in zip(*columns, strict=True):
+        cells = [texts[0].ljust(widths[0])]
+        cells += [text.rjust(width) for text, width in zip(texts[1:], widths[1:], strict=True)]
+        lines.append("   ".join(cells).rstrip())
+    return lines
+
+
+def _notes(answered: dict[str, Any]) -> list[str]:
+    notes = ["* your method"]
+    if "rules" in answered:
+        rules = answered["rules"]
+        notes.append(
+            f"eq. 8, from {answered['baseline_learning_rate']:g} without delay: inverse "
+            f"{_number(rules['inverse'])}, exact {_number(rules['exact'])}"
+        )
+    if answered["staleness"] == "random":
+        notes.append("Act on the mean square: E[x] can settle while E[x^2] diverges.")
+    if answered["staleness"] == "trace":
+        notes.append("Monte-Carlo estimates from the growth of x along the simulated staleness.")
+    if any(row.get("max_constant_delay", 0) is None for row in answered["methods"]):
+        notes.append("none: this learning rate is unstable even without delay.")
+    return notes
+
+
+def _number(value: float) -> str:
+    return f"{value:.5g}"

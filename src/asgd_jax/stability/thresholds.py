@@ -1,0 +1,153 @@
+"""The largest stable learning rate, sharpness and delay."""
+
+from asgd_jax.stability.arguments import (
+    CRITERIA,
+    Criterion,
+    Delay,
+    Kind,
+    as_delay,
+    as_momentum,
+    choose,
+    is_trace,
+    positive,
+)
+from asgd_jax.stability.boundary import random_delay_threshold
+from asgd_jax.stability.closed_form import constant_threshold
+from asgd_jax.stability.lyapunov import lyapunov_max_learning_rate
+from asgd_jax.stability.mean_square import mean_square_threshold
+
+
+def max_learning_rate(
+    delay: Delay,
+    *,
+    sharpness: float = 1.0,
+    momentum: float = 0.0,
+    kind: Kind = "heavy_ball",
+    dampening: bool = True,
+    criterion: Criterion = "mean",
+) -> float:
+    r"""The largest learning rate at which a minimum of this sharpness is stable under delay.
+
+    $\eta_{max} = h^* / a$, where $h^*$ ends the interval of h, starting at 0, in which no root of
+    the characteristic equation leaves the unit disc. A constant delay $\tau$ has closed forms:
+    without momentum $h^* = 2 \sin(\pi / (2(2\tau + 1)))$, and with momentum m one scalar equation
+    in the angle $\omega$ of the critical root,
+
+    $$\cos((\tau + 1/2)\omega) = m \cos((\tau - 1/2)\omega) \quad \text{(heavy ball)},$$
+    $$\cos((\tau + 1/2)\omega) = m \cos(\omega / 2) \quad \text{(shifted)}.$$
+
+    Args:
+      delay: int >= 0; or a mass function of shape (max_delay + 1,), for staleness drawn afresh at
+        every update; or a DelayProcess. For a recorded trace there is nothing to average: the
+        threshold is where the trajectory itself stops shrinking, whatever the criterion
+        (`lyapunov_max_learning_rate` with its default settings, a Monte-Carlo estimate).
+      sharpness: largest eigenvalue of the Hessian, > 0.
+      momentum: coefficient m in [0, 1).
+      kind: "heavy_ball" (standard momentum) or "shifted" (momentum as stale as the gradient).
+      dampening: whether the gradient enters the momentum with the factor 1 - m.
+      criterion: "mean": E[x] stays bounded; "mean_square": E[x^2] does, the stricter one and the
+        one to act on when delays are random. They agree for a constant delay.
+
+    Returns:
+      The learning rate, a float.
+
+    Raises:
+      ValueError: naming the bad argument.
+
+    >>> round(max_learning_rate(32), 7)
+    0.0483275
+    >>> round(max_learning_rate(32, sharpness=20.0, momentum=0.9, kind="shifted"), 6)
+    0.003069
+    >>> round(max_learning_rate([0, 0.5, 0.5], criterion="mean_square"), 4)
+    0.7639
+
+    References:
+      Giladi, Nacson, Hoffer, Soudry, "At Stability's Edge", ICLR 2020, eqs. 5, 11, 19, 25.
+    """
+    sharpness = positive(sharpness, "sharpness")
+    checked = as_momentum(momentum, kind, dampening)
+    choose(criterion, CRITERIA, "criterion")
+    if is_trace(delay):
+        estimate = lyapunov_max_learning_rate(
+            delay, sharpness=sharpness, momentum=momentum, kind=kind, dampening=dampening
+        )
+        return estimate.value
+    where = as_delay(delay)
+    if isinstance(where, int):
+        return constant_threshold(where, checked) / sharpness
+    threshold = random_delay_threshold(where, checked)
+    if criterion == "mean_square":
+        threshold = mean_square_threshold(where, checked, threshold)
+    return threshold / sharpness
+
+
+def max_sharpness(
+    learning_rate: float,
+    delay: Delay,
+    *,
+    momentum: float = 0.0,
+    kind: Kind = "heavy_ball",
+    dampening: bool = True,
+    criterion: Criterion = "mean",
+) -> float:
+    r"""The sharpest minimum that is stable at this learning rate, $h^* / \eta$.
+
+    Args:
+      learning_rate: > 0.
+      delay: as in `max_learning_rate`, and so are the other arguments.
+
+    Raises:
+      ValueError: naming the bad argument.
+
+    >>> max_sharpness(0.1, 0), round(max_sharpness(0.1, 8), 4)
+    (20.0, 1.8454)
+    """
+    return max_learning_rate(
+        delay,
+        sharpness=positive(learning_rate, "learning_rate"),
+        momentum=momentum,
+        kind=kind,
+        dampening=dampening,
+        criterion=criterion,
+    )
+
+
+def max_delay(
+    learning_rate: float,
+    *,
+    sharpness: float = 1.0,
+    momentum: float = 0.0,
+    kind: Kind = "heavy_ball",
+    dampening: bool = True,
+) -> int | None:
+    """The largest constant delay at which this learning rate is stable.
+
+    The threshold falls with the delay, so a bisection over integers finds it.
+
+    Args:
+      learning_rate: > 0.
+      sharpness, momentum, kind, dampening: as in `max_learning_rate`.
+
+    Returns:
+      The delay, or None where the learning rate is too large even without delay.
+
+    Raises:
+      ValueError: naming the bad argument.
+
+    >>> max_delay(0.05), max_delay(0.04), max_delay(3.0)
+    (30, 38, None)
+    """
+    step = positive(learning_rate, "learning_rate") * positive(sharpness, "sharpness")
+    checked = as_momentum(momentum, kind, dampening)
+    if constant_threshold(0, checked) < step:
+        return None
+    stable, unstable = 0, 1
+    while constant_threshold(unstable, checked) >= step:
+        stable, unstable = unstable, 2 * unstable
+    while unstable - stable > 1:
+        middle = (stable + unstable) // 2
+        if constant_threshold(middle, checked) >= step:
+            stable = middle
+        else:
+            unstable = middle
+    return stable
