@@ -4,7 +4,7 @@
 >>> tx = asgd_jax.delayed(optax.sgd(0.01), delay=32)
 """
 
-from asgd_jax import delays
+from asgd_jax import curvature, delays, stability
 from asgd_jax.delays import DelayProcess
 from asgd_jax.transforms import (
     DelayedState,
@@ -22,10 +22,12 @@ __all__ = [
     "DelayProcess",
     "DelayedState",
     "ShiftedTraceState",
+    "curvature",
     "delay_gradients",
     "delayed",
     "delays",
     "shifted_sgd",
     "shifted_trace",
+    "stability",
     "stale_params",
 ]

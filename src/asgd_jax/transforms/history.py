@@ -38,7 +38,7 @@ def init_history(tree: PyTree, depth: int, dtype: DTypeLike | None = None) -> Py
     return jax.tree.map(repeat, tree)
 
 
-def read_slot(history: PyTree, slot: ArrayLike) -> PyTree:
+def read_slot(history: PyTree, slot: jax.Array | int) -> PyTree:
     """Returns the pytree stored in slot `slot` (an int32 scalar, traced or not).
 
     >>> ring = write_slot(init_history(jnp.zeros(2), depth=3), 4, jnp.ones(2))
@@ -54,7 +54,7 @@ def read_slot(history: PyTree, slot: ArrayLike) -> PyTree:
     return jax.tree.map(read, history)
 
 
-def write_slot(history: PyTree, slot: ArrayLike, tree: PyTree) -> PyTree:
+def write_slot(history: PyTree, slot: jax.Array | int, tree: PyTree) -> PyTree:
     """Returns `history` with slot `slot` replaced by `tree`, cast to the ring's dtype.
 
     XLA does this in place when the ring is donated *and* what is written depends on what was read

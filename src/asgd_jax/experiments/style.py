@@ -1,0 +1,60 @@
+"""How every picture of the project looks: colours that colour-blind readers tell apart, units."""
+
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito's palette, in an order in which neighbours differ in lightness too.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
+)  # fmt: skip
+COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+_SETTINGS = {
+    "figure.dpi": 120,
+    "savefig.dpi": 150,
+    "savefig.bbox": "tight",
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+def new_figure(num_panels: int = 1, *, width: float = 5.4, height: float = 3.9) -> Any:
+    """Returns (figure, [axes]) with `num_panels` panels side by side; sizes in inches a panel.
+
+    Raises:
+      ImportError: when matplotlib is missing: install the `plot` extra.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_SETTINGS):
+        figure = Figure(figsize=(width * num_panels, height), layout="constrained")
+        FigureCanvasAgg(figure)  # no display and no global state
+        axes = figure.subplots(1, num_panels, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def sparse_markers(num_points: int, wanted: int = 8) -> dict[str, Any]:
+    """Returns plot arguments that mark about `wanted` of the points.
+
+    >>> sparse_markers(80)["markevery"]
+    10
+    """
+    return {"markevery": max(1, num_points // wanted), "markersize": 5}
+
+
+def save(figure: Any, file: Path) -> None:
+    """Writes a picture; equal figures give equal bytes."""
+    import matplotlib as mpl
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(_SETTINGS):
+        figure.savefig(file, metadata={"Software": None})

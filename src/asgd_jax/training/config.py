@@ -1,0 +1,154 @@
+"""The configuration of a run: every field with its default, and the checks that need no data."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from asgd_jax.data.batches import plan_batches
+
+DELAY_DISTRIBUTIONS = ("constant", "uniform", "normal", "workers", "trace")
+LEARNING_RATE_RULES = ("none", "inverse", "exact", "sqrt")
+MOMENTUM_KINDS = ("heavy_ball", "nesterov", "shifted")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+
+
+def default_config() -> ConfigDict:
+    """Returns a small CNN on scikit-learn's digits, 32 workers, no delay; configs start from it.
+
+    A field set to None takes the default that its comment names.
+
+    >>> default_config().num_workers
+    32
+    """
+    config = ConfigDict()
+    config.seed = 0  # of the parameters, the batch order and the delays
+    # Data.
+    config.dataset = "digits"  # digits, mnist, cifar10, cifar100
+    config.data_dir = placeholder(str)  # folder or gs:// address; None: TFDS_DATA_DIR
+    config.normalize = "own"  # own: each channel's mean and std; half: (x - .5) / .5
+    config.num_train = placeholder(int)  # None: all
+    config.num_validation = placeholder(int)
+    config.augment = False  # pad-4 random crop and flip
+    # Model.
+    config.model = "digits_cnn"
+    config.width = 1.0  # multiplier of channel counts
+    config.dtype = "float32"  # of the computation
+    config.conv_impl = "auto"
+    config.model_options = ConfigDict(convert_dict=True)  # further arguments of the model
+    # Workers and delay.
+    config.num_workers = 32
+    config.worker_batch_size = 64  # samples of one gradient
+    config.delay = 0  # updates between pull and push; (delay + 1) divides num_workers
+    config.delay_distribution = "constant"  # constant, uniform, normal, workers, trace
+    config.delay_std = 1.0  # of the normal distribution, in updates
+    config.worker_schedule = "random"  # of delay_distribution=workers: random or normal
+    config.delay_trace = placeholder(str)  # .npy or text file of staleness, one entry an update
+    config.history_dtype = placeholder(str)  # None: that of the parameters
+    # Optimization. learning_rate is that of the equivalent run without delay.
+    config.optimizer = "sgd"
+    config.learning_rate = 0.1
+    config.learning_rate_rule = "none"  # how the delay changes it: none, inverse, exact, sqrt
+    config.warmup_epochs = 0.0  # linear ramp of the learning rate ...
+    config.warmup_from = 0.0  # ... from this fraction of it
+    config.decay_epochs = ()  # where the learning rate is multiplied by decay_factor
+    config.decay_factor = 0.1
+    config.momentum = 0.0
+    config.momentum_kind = "heavy_ball"  # heavy_ball, nesterov, shifted
+    config.dampening = False  # scale gradients by 1 - momentum
+    config.weight_decay = 0.0  # on the live parameters
+    config.weight_decay_on = "all"  # all, or kernels (of convolutions and dense layers)
+    config.clip_norm = placeholder(float)  # global gradient norm, on the server
+    config.label_smoothing = 0.0
+    # The run.
+    config.epochs = 3
+    config.log_every_steps = placeholder(int)  # None: once an epoch
+    config.eval_every_epochs = 1
+    config.eval_batch_size = 500
+    config.divergence_loss = 1e3  # a train loss above it (or not finite) ends the run
+    return config
+
+
+def validate_config(config: ConfigDict) -> None:
+    """Refuses what can be refused before data is read or a folder made.
+
+    Raises:
+      ValueError: one line that names the field, its value and what to use instead.
+
+    >>> config = default_config()
+    >>> config.delay = 30
+    >>> validate_config(config)
+    Traceback (most recent call last):
+    ...
+    ValueError: delay=30 with num_workers=32: delay + 1 must divide num_workers; ...
+    """
+    _choice(config, "delay_distribution", DELAY_DISTRIBUTIONS)
+    _choice(config, "learning_rate_rule", LEARNING_RATE_RULES)
+    _choice(config, "momentum_kind", MOMENTUM_KINDS)
+    _choice(config, "optimizer", OPTIMIZERS)
+    _choice(config, "weight_decay_on", ("all", "kernels"))
+    _choice(config, "worker_schedule", ("random", "normal"))
+    plan_batches(
+        1 << 60,
+        num_workers=config.num_workers,
+        worker_batch_size=config.worker_batch_size,
+        delay=config.delay,
+    )
+    _number(config, "learning_rate", above=0)
+    _number(config, "epochs", above=0)
+    _number(config, "eval_every_epochs", above=0)
+    _number(config, "eval_batch_size", above=0)
+    _number(config, "divergence_loss", above=0)
+    _number(config, "width", above=0)
+    _number(config, "delay_std", above=0)
+    for field in ("warmup_epochs", "warmup_from", "weight_decay", "decay_factor"):
+        _number(config, field, at_least=0)
+    _number(config, "momentum", at_least=0, below=1)
+    _number(config, "label_smoothing", at_least=0, below=1)
+    for field in ("clip_norm", "log_every_steps", "num_train", "num_validation"):
+        if config[field] is not None:
+            _number(config, field, above=0)
+    if config.delay_distribution == "trace" and not config.delay_trace:
+        raise ValueError("delay_distribution='trace' needs delay_trace=FILE with the staleness")
+    if config.optimizer != "sgd" and config.momentum:
+        raise ValueError(
+            f"momentum={config.momentum} has no meaning for optimizer={config.optimizer!r}: "
+            "use optimizer='sgd' or momentum=0"
+        )
+    _dtype(config, "dtype")
+    if config.history_dtype is not None:
+        _dtype(config, "history_dtype")
+
+
+def _choice(config: ConfigDict, field: str, known: tuple[str, ...]) -> None:
+    if config[field] not in known:
+        raise ValueError(f"unknown {field}={config[field]!r}: use one of {', '.join(known)}")
+
+
+def _number(
+    config: ConfigDict,
+    field: str,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    value: Any = config[field]
+    if not (math.isfinite(value) and value > above and at_least <= value < below):
+        bounds = [
+            f"{sign} {bound:g}"
+            for sign, bound in ((">", above), (">=", at_least), ("<", below))
+            if math.isfinite(bound)
+        ]
+        raise ValueError(f"{field} must be a number {' and '.join(bounds)}, got {value!r}")
+
+
+def _dtype(config: ConfigDict, field: str) -> None:
+    try:
+        floating = jnp.issubdtype(jnp.dtype(config[field]), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(f"{field}={config[field]!r} is no floating-point dtype: use float32")

@@ -1,0 +1,72 @@
+"""Loss and error over a whole data set, with the live parameters."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from asgd_jax.training.state import PyTree
+from asgd_jax.training.step import cross_entropy
+
+Evaluate = Callable[[PyTree, PyTree], tuple[jax.Array, jax.Array]]
+
+
+def pad_to_batches(
+    images: np.ndarray, labels: np.ndarray, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts a data set into equal batches; the last one is filled up with label -1.
+
+    Returns:
+      images (num_batches, batch_size, ...) and labels (num_batches, batch_size).
+
+    >>> pad_to_batches(np.zeros((5, 2)), np.arange(5), 3)[1].tolist()
+    [[0, 1, 2], [3, 4, -1]]
+    """
+    batch_size = min(batch_size, len(labels))
+    missing = -len(labels) % batch_size
+    images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
+    labels = np.concatenate([labels, np.full(missing, -1, labels.dtype)])
+    return images.reshape(-1, batch_size, *images.shape[1:]), labels.reshape(-1, batch_size)
+
+
+def make_evaluate(
+    model: nn.Module,
+    normalize: Callable[[jax.Array], jax.Array],
+    images: np.ndarray,
+    labels: np.ndarray,
+    batch_size: int,
+) -> Evaluate:
+    """Returns `evaluate(params, batch_stats) -> (loss, error)` over every sample of a data set.
+
+    The mean is exact: padding carries the label -1 and counts nowhere. BatchNorm uses its running
+    statistics. One compiled program runs all batches.
+
+    Args:
+      model: a Linen module.
+      normalize: raw images to the model's input.
+      images: (n, height, width, channels); labels: int32 (n,).
+      batch_size: samples at once.
+    """
+    num_samples = len(labels)
+    batches = jax.device_put(pad_to_batches(images, labels, batch_size))
+
+    @jax.jit
+    def run(
+        params: PyTree, batch_stats: PyTree, batches: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        def one(batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            images, labels = batch
+            variables = {"params": params, "batch_stats": batch_stats}
+            logits = model.apply(variables, normalize(images), train=False)
+            real = labels >= 0
+            losses = cross_entropy(logits, jnp.maximum(labels, 0))
+            wrong = jnp.argmax(logits, axis=-1) != labels
+            return jnp.sum(jnp.where(real, losses, 0)), jnp.sum(real & wrong)
+
+        losses, wrong = jax.lax.map(one, batches)
+        return losses.sum() / num_samples, wrong.sum() / num_samples
+
+    # The arrays are an argument: closed over, they would be compiled into the program.
+    return lambda params, batch_stats: run(params, batch_stats, batches)

@@ -1,0 +1,157 @@
+"""The optimizer, the delay and the learning rate that a configuration describes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from asgd_jax import delays, stability
+from asgd_jax.transforms import delayed, shifted_trace
+
+
+def make_delay_process(config: ConfigDict, num_updates: int) -> delays.DelayProcess:
+    """Returns the staleness of a run of `num_updates` updates.
+
+    `config.delay` is the mean staleness tau, and N = tau + 1 the number of gradients in flight:
+    constant tau; uniform on {1, ..., 2 tau - 1}; normal of mean tau and `delay_std`; workers: a
+    simulation of N workers under `worker_schedule`; trace: the integers of `delay_trace`.
+
+    Raises:
+      ValueError: for a trace file that cannot be read or holds anything but staleness.
+    """
+    delay, distribution = config.delay, config.delay_distribution
+    if distribution == "trace":
+        return delays.from_trace(_read_trace(config.delay_trace))
+    if distribution == "constant" or delay == 0:
+        return delays.constant(delay)
+    if distribution == "uniform":
+        return delays.uniform(1, 2 * delay - 1)
+    if distribution == "normal":
+        return delays.discretized_normal(delay, config.delay_std)
+    trace = delays.simulate_workers(
+        delay + 1, num_updates, schedule=config.worker_schedule, seed=config.seed
+    )
+    return delays.from_trace(trace)
+
+
+def _read_trace(file: str) -> np.ndarray:
+    try:
+        return np.load(file) if Path(file).suffix == ".npy" else np.loadtxt(file, dtype=np.int64)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"delay_trace={file!r} cannot be read ({reason}): pass a .npy file or a text file "
+            "with one integer a line"
+        ) from error
+
+
+def effective_learning_rate(config: ConfigDict) -> float:
+    """Returns the learning rate under the delay: `learning_rate` after `learning_rate_rule`.
+
+    The rules are those without momentum (eq. 8 of the paper), whatever the momentum of the run, so
+    that arms which differ in momentum share a learning rate.
+
+    >>> from asgd_jax.training.config import default_config
+    >>> config = default_config()
+    >>> config.update(learning_rate=0.32, learning_rate_rule="inverse", delay=31)
+    >>> round(effective_learning_rate(config), 5)
+    0.01032
+    """
+    return stability.rescale_learning_rate(
+        config.learning_rate, config.delay, rule=config.learning_rate_rule
+    )
+
+
+def make_multiplier(config: ConfigDict, steps_per_epoch: int) -> Callable[[jax.Array], jax.Array]:
+    """Returns the regime: what the learning rate is multiplied by at each update.
+
+    A linear ramp from `warmup_from` to 1 over `warmup_epochs`, times `decay_factor` from each of
+    `decay_epochs` on. It multiplies whatever learning rate was asked for and replaces none.
+    """
+    warmup_steps = config.warmup_epochs * steps_per_epoch
+    boundaries = [round(epoch * steps_per_epoch) for epoch in config.decay_epochs]
+
+    def multiplier(count: jax.Array) -> jax.Array:
+        value = jnp.ones((), jnp.float32)
+        if warmup_steps:
+            progress = jnp.minimum(count.astype(jnp.float32) / warmup_steps, 1.0)
+            value = config.warmup_from + (1.0 - config.warmup_from) * progress
+        for boundary in boundaries:
+            value = jnp.where(count >= boundary, value * config.decay_factor, value)
+        return value
+
+    return multiplier
+
+
+def make_optimizer(
+    config: ConfigDict, process: delays.DelayProcess, steps_per_epoch: int
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the server: `delayed` around clipping, weight decay, momentum and learning rate.
+
+    Gradients are stale; clipping, weight decay (`add_decayed_weights`) and the schedule act on the
+    server, with live parameters and the server's update count. The learning rate is a value of the
+    state (`optax.inject_hyperparams`): a new one recompiles nothing.
+    """
+
+    def server(learning_rate: float) -> optax.GradientTransformation:
+        decay = []
+        if config.weight_decay:
+            mask = kernel_mask if config.weight_decay_on == "kernels" else None
+            decay = [optax.add_decayed_weights(config.weight_decay, mask)]
+        clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+        direction = _direction(config, process)
+        # AdamW decouples the decay from the preconditioner; elsewhere it is part of the gradient.
+        decoupled = config.optimizer == "adamw"
+        return optax.chain(
+            *clip,
+            *([] if decoupled else decay),
+            direction,
+            *(decay if decoupled else []),
+            optax.scale_by_schedule(make_multiplier(config, steps_per_epoch)),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    learning_rate = effective_learning_rate(config)
+    return delayed(
+        optax.inject_hyperparams(server)(learning_rate=learning_rate),
+        process,
+        history_dtype=config.history_dtype,
+        seed=config.seed,
+    )
+
+
+def _direction(config: ConfigDict, process: delays.DelayProcess) -> optax.GradientTransformation:
+    if config.optimizer in ("adam", "adamw"):
+        return optax.scale_by_adam()
+    if not config.momentum:
+        return optax.identity()
+    if config.momentum_kind == "shifted":
+        return shifted_trace(config.momentum, process, dampening=config.dampening)
+    nesterov = config.momentum_kind == "nesterov"
+    if config.dampening:
+        return (
+            optax.ema(config.momentum, debias=False) if not nesterov else _damped_nesterov(config)
+        )
+    return optax.trace(config.momentum, nesterov=nesterov)
+
+
+def _damped_nesterov(config: ConfigDict) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.trace(config.momentum, nesterov=True), optax.scale(1.0 - config.momentum)
+    )
+
+
+def kernel_mask(params: Any) -> Any:
+    """True for the kernels of convolutions and dense layers, False for biases and BatchNorm.
+
+    >>> kernel_mask({"kernel": 1, "bias": 2})
+    {'bias': False, 'kernel': True}
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: getattr(path[-1], "key", None) == "kernel", params
+    )

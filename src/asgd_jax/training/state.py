@@ -1,0 +1,64 @@
+"""The state of a run: everything that a checkpoint must hold, and nothing else."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+    """What one update turns into the next.
+
+    Attributes:
+      step: int32 scalar, number of updates made.
+      params: the server's live parameters, float32.
+      batch_stats: running statistics of BatchNorm; an empty dict for models without.
+      opt_state: state of the optimizer, the history of parameters included.
+      key: random key of the run, raw uint32 data; updates fold the step in and never change it.
+    """
+
+    step: jax.Array
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: optax.OptState
+    key: jax.Array
+
+
+def init_state(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+    seed: int,
+) -> TrainState:
+    """Returns the state before the first update.
+
+    Args:
+      model: a Linen module called as `model.apply(variables, images, train=...)`.
+      tx: the optimizer, with `delayed` outermost.
+      image_shape: (height, width, channels).
+      seed: of the parameters and of all that is random in the run.
+    """
+    key = jax.random.PRNGKey(seed)
+
+    def init(key: jax.Array) -> TrainState:
+        images = jnp.zeros((1, *image_shape), jnp.float32)
+        variables = model.init(key, images, train=False)
+        params = variables["params"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=tx.init(params),
+            key=key,
+        )
+
+    return jax.jit(init)(key)
+
+
+def num_params(state: TrainState) -> int:
+    """Returns the number of scalars in the parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))

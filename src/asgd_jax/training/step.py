@@ -1,0 +1,142 @@
+"""One update: the gradient at stale parameters, then the server's step. Both are pure functions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from asgd_jax.training.state import PyTree, TrainState
+from asgd_jax.transforms import stale_params
+
+
+class Batch(NamedTuple):
+    """The samples of one update, by worker.
+
+    Attributes:
+      images: (workers_per_update, worker_batch_size, height, width, channels), uint8 or float.
+      labels: int32, (workers_per_update, worker_batch_size).
+    """
+
+    images: jax.Array
+    labels: jax.Array
+
+
+class StepMetrics(NamedTuple):
+    """Scalars of one update: loss and error of its batch at the stale parameters, and more."""
+
+    loss: jax.Array
+    error: jax.Array
+    gradient_norm: jax.Array
+    staleness: jax.Array
+
+
+Preprocess = Callable[[jax.Array, jax.Array], jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """Returns the softmax cross-entropy of every sample, in nats.
+
+    Args:
+      logits: float32, (..., num_classes).
+      labels: int32, (...).
+      smoothing: share of the target spread evenly over all classes.
+
+    >>> round(float(cross_entropy(jnp.zeros((1, 10)), jnp.array([3]))[0]), 4)
+    2.3026
+    """
+    if not smoothing:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    return optax.softmax_cross_entropy(logits, targets)
+
+
+def make_gradient(
+    model: nn.Module, preprocess: Preprocess, label_smoothing: float = 0.0
+) -> Callable[
+    [PyTree, PyTree, Batch, jax.Array], tuple[PyTree, tuple[PyTree, jax.Array, jax.Array]]
+]:
+    """Returns `gradient(params, batch_stats, batch, key)`: what a worker computes, at any params.
+
+    The gradient is that of the mean loss over all workers of the update. BatchNorm sees each
+    worker's own batch, as on a real worker; `batch_stats` advance by one step of their running
+    average, with the mean of the workers' statistics.
+
+    Returns:
+      A function giving (gradients, (new batch_stats, loss, error)).
+    """
+
+    def worker_loss(
+        params: PyTree, batch_stats: PyTree, images: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, jax.Array, PyTree]:
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        loss = cross_entropy(logits, labels, label_smoothing).mean()
+        error = jnp.mean(jnp.argmax(logits, axis=-1) != labels, dtype=jnp.float32)
+        return loss, error, new.get("batch_stats", batch_stats)
+
+    def loss_fn(
+        params: PyTree, batch_stats: PyTree, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[PyTree, jax.Array, jax.Array]]:
+        labels = batch.labels
+        images = preprocess(key, batch.images.reshape(-1, *batch.images.shape[2:]))
+        if not jax.tree.leaves(batch_stats):
+            # Nothing couples the samples of a worker: one large batch is the same and quicker.
+            loss, error, _ = worker_loss(params, batch_stats, images, labels.reshape(-1))
+            return loss, (batch_stats, loss, error)
+        images = images.reshape(*labels.shape, *images.shape[1:])
+        losses, errors, new_stats = jax.vmap(worker_loss, in_axes=(None, None, 0, 0))(
+            params, batch_stats, images, labels
+        )
+        new_stats = jax.tree.map(lambda leaf: leaf.mean(axis=0), new_stats)
+        return losses.mean(), (new_stats, losses.mean(), errors.mean())
+
+    return jax.grad(loss_fn, has_aux=True)
+
+
+def apply_gradient(
+    tx: optax.GradientTransformation, state: TrainState, gradients: PyTree, batch_stats: PyTree
+) -> TrainState:
+    """Returns the state after the server has applied `gradients`."""
+    updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, batch_stats, opt_state, state.key)
+
+
+def make_train_step(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    preprocess: Preprocess,
+    label_smoothing: float = 0.0,
+) -> TrainStep:
+    """Returns `train_step(state, batch) -> (state, metrics)`, pure, to be jitted, scanned, vmapped.
+
+    Args:
+      model: a Linen module.
+      tx: the optimizer, with `asgd_jax.delayed` outermost.
+      preprocess: `preprocess(key, images)`: raw images (n, height, width, channels) to the model's
+        float32 input, augmentation included; `key` differs at every update.
+      label_smoothing: see `cross_entropy`.
+    """
+    gradient = make_gradient(model, preprocess, label_smoothing)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        stale = stale_params(state.opt_state, state.params)
+        key = jax.random.fold_in(state.key, state.step)
+        gradients, (batch_stats, loss, error) = gradient(stale, state.batch_stats, batch, key)
+        staleness = state.opt_state.staleness  # of this gradient: read before the update
+        metrics = StepMetrics(loss, error, optax.global_norm(gradients), staleness)
+        return apply_gradient(tx, state, gradients, batch_stats), metrics
+
+    return train_step
+
+
+def gap(state: TrainState) -> tuple[jax.Array, jax.Array, Any]:
+    r"""Returns $|x_t|$, $|x_t - x_{stale}|$ and the latter over the former, Euclidean norms."""
+    stale = stale_params(state.opt_state, state.params)
+    norm = optax.global_norm(state.params)
+    distance = optax.global_norm(jax.tree.map(jnp.subtract, state.params, stale))
+    return norm, distance, distance / norm
