@@ -11,6 +11,7 @@ from asgd_jax.delays.processes import (
     uniform,
     validate_pmf,
 )
+from asgd_jax.delays.workers import simulate_workers
 
 __all__ = [
     "DelayProcess",
@@ -20,6 +21,7 @@ __all__ = [
     "constant",
     "discretized_normal",
     "from_trace",
+    "simulate_workers",
     "uniform",
     "validate_pmf",
 ]

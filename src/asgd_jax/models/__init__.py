@@ -1,1 +1,6 @@
-"""Flax Linen models of the paper."""
+"""Flax models of the experiments, by name: `create("vgg11", num_classes=10)`."""
+
+from asgd_jax.models.factory import MODELS, create, model_options
+from asgd_jax.models.layers import Conv, max_pool
+
+__all__ = ["MODELS", "Conv", "create", "max_pool", "model_options"]

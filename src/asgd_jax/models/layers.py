@@ -1,0 +1,217 @@
+"""Convolution and pooling that are quick on every backend, also inside loops.
+
+Two facts about XLA on CPU shape this file. A convolution inside a loop (`lax.scan`, `while`,
+`lax.map`) runs about ten times slower than outside, and more when wide; written as shifted slices
+and one matrix product it is as quick inside as outside. And the gradient of `reduce_window` (Flax's
+`max_pool`) is about twenty times slower than that of `maximum` over strided slices.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Padding = str | Sequence[tuple[int, int]]
+Initializer = Callable[..., jax.Array]
+
+CONV_IMPLEMENTATIONS = ("auto", "patches", "lax")
+
+
+def resolve_conv_impl(conv_impl: str) -> str:
+    """Returns "patches" or "lax": what "auto" means on JAX's default backend.
+
+    Raises:
+      ValueError: for a name that is not "auto", "patches" or "lax".
+
+    >>> resolve_conv_impl("lax")
+    'lax'
+    """
+    if conv_impl not in CONV_IMPLEMENTATIONS:
+        raise ValueError(f"conv_impl must be one of {CONV_IMPLEMENTATIONS}, got {conv_impl!r}")
+    if conv_impl == "auto":
+        return "patches" if jax.default_backend() == "cpu" else "lax"
+    return conv_impl
+
+
+def scale_width(channels: int, width: float) -> int:
+    """Returns a channel count times the width multiplier, rounded, and at least 4.
+
+    >>> scale_width(64, 1.0), scale_width(20, 0.5), scale_width(16, 0.1)
+    (64, 10, 4)
+    """
+    return max(4, round(channels * width))
+
+
+class Conv(nn.Module):
+    """Two-dimensional convolution of NHWC images.
+
+    Parameters: `kernel` of shape (height, width, channels in, `features`), `bias` of shape
+    (features,), the same for every `conv_impl`; always float32.
+
+    Attributes:
+      features: number of output channels.
+      kernel_size: height and width of the kernel, in pixels.
+      strides: vertical and horizontal step, in pixels.
+      padding: "SAME" or "VALID" as XLA means them, or ((top, bottom), (left, right)) in pixels.
+      use_bias: adds a bias per output channel.
+      dtype: of the computation and the output.
+      kernel_init: LeCun's (variance 1 / fan in) by default, as in `flax.linen.Conv`.
+      conv_impl: "patches" (slices and a matrix product), "lax" (`lax.conv_general_dilated`), or
+        "auto": patches where the default backend is a CPU, lax elsewhere.
+
+    >>> conv = Conv(20, (5, 5), padding="VALID")
+    >>> image = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
+    >>> y, variables = jax.eval_shape(conv.init_with_output, jax.random.key(0), image)
+    >>> y.shape, variables["params"]["kernel"].shape
+    ((1, 24, 24, 20), (5, 5, 1, 20))
+    """
+
+    features: int
+    kernel_size: tuple[int, int] = (3, 3)
+    strides: tuple[int, int] = (1, 1)
+    padding: Padding = "SAME"
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    conv_impl: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (batch, height, width, channels) to (batch, height', width', features).
+
+        Raises:
+          ValueError: when `x` is not a batch of images, or smaller than the kernel.
+        """
+        if x.ndim != 4:
+            raise ValueError(
+                f"Conv needs images of shape (batch, height, width, channels), got {x.shape}: "
+                "reshape the input"
+            )
+        pads = _explicit_padding(x.shape[1:3], self.kernel_size, self.strides, self.padding)
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32).astype(self.dtype)
+        convolve = {"patches": conv_by_patches, "lax": conv_by_lax}
+        y = convolve[resolve_conv_impl(self.conv_impl)](
+            x.astype(self.dtype), kernel, self.strides, pads
+        )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+def _explicit_padding(
+    size: tuple[int, ...],
+    kernel_size: tuple[int, int],
+    strides: tuple[int, int],
+    padding: Padding,
+) -> list[tuple[int, int]]:
+    if isinstance(padding, str):
+        if padding not in ("SAME", "VALID"):
+            raise ValueError(f'padding must be "SAME", "VALID" or two pairs, got {padding!r}')
+        pads = list(lax.padtype_to_pads(size, kernel_size, strides, padding))
+    else:
+        pads = [(low, high) for low, high in padding]
+    padded = tuple(n + low + high for n, (low, high) in zip(size, pads, strict=True))
+    if any(n < k for n, k in zip(padded, kernel_size, strict=True)):
+        raise ValueError(
+            f"a {kernel_size[0]}x{kernel_size[1]} kernel does not fit an image that is "
+            f"{padded[0]}x{padded[1]} with its padding: use larger images"
+        )
+    return pads
+
+
+def conv_by_lax(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Sequence[tuple[int, int]]
+) -> jax.Array:
+    """Convolves NHWC images with an HWIO kernel by XLA's own convolution."""
+    return lax.conv_general_dilated(
+        x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def conv_by_patches(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Sequence[tuple[int, int]]
+) -> jax.Array:
+    r"""Convolves NHWC images with an HWIO kernel by slices and one matrix product.
+
+    $y = [x_{00} | x_{01} | \dots] K$, where $x_{ij}$ is the padded image shifted by (i, j) and
+    subsampled by the strides, and $K$ the kernel as a (height * width * channels, features) matrix.
+    It takes height * width times the memory of the image; a 1x1 kernel is a plain product.
+    """
+    height, width, channels, features = kernel.shape
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    rows = (x.shape[1] - height) // strides[0] + 1
+    columns = (x.shape[2] - width) // strides[1] + 1
+    shifted = [
+        _every(_every(x, i, rows, strides[0], axis=1), j, columns, strides[1], axis=2)
+        for i in range(height)
+        for j in range(width)
+    ]
+    # One product of long rows: a sum of one small product per offset was slower in every case.
+    patches = jnp.concatenate(shifted, axis=-1) if len(shifted) > 1 else shifted[0]
+    return patches @ kernel.reshape(height * width * channels, features)
+
+
+def _every(x: jax.Array, start: int, count: int, stride: int, axis: int) -> jax.Array:
+    """`count` entries of an axis: start, start + stride, ..."""
+    return lax.slice_in_dim(x, start, start + (count - 1) * stride + 1, stride, axis)
+
+
+def max_pool(x: jax.Array, window: int = 2, stride: int = 2, padding: int = 0) -> jax.Array:
+    """Largest value of each square window: rows first, then columns, by strided slices.
+
+    Rows and columns that fill no window are left out, as "VALID" does. Where several entries of a
+    window are largest, the gradient is shared among them (`reduce_window` gives it to the first).
+
+    Args:
+      x: images of shape (batch, height, width, channels), floating point.
+      window: side of the window, in pixels.
+      stride: step between windows, in pixels.
+      padding: pixels of minus infinity on every side; less than `window`.
+
+    Returns:
+      Array of shape (batch, (height + 2 padding - window) // stride + 1, ..., channels).
+
+    Raises:
+      ValueError: when the image is smaller than the window, or the padding as large as it.
+
+    >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0].tolist()
+    [[5.0, 7.0], [13.0, 15.0]]
+    """
+    if padding >= window:
+        raise ValueError(f"padding must be less than window={window}, got {padding}")
+    if x.ndim != 4 or min(x.shape[1:3]) + 2 * padding < window:
+        raise ValueError(
+            f"a {window}x{window} window does not fit an input of shape {x.shape}: "
+            "pass larger NHWC images"
+        )
+    if padding:
+        pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+        x = jnp.pad(x, pads, constant_values=-jnp.inf)
+    for axis in (1, 2):
+        count = (x.shape[axis] - window) // stride + 1
+        largest = _every(x, 0, count, stride, axis)
+        for offset in range(1, window):
+            largest = jnp.maximum(largest, _every(x, offset, count, stride, axis))
+        x = largest
+    return x
+
+
+def batch_norm(train: bool, dtype: Any, name: str | None = None, **kwargs: Any) -> nn.BatchNorm:
+    """BatchNorm as every model here has it: decay 0.9 of the running statistics, epsilon 1e-5.
+
+    With `train` it normalises by the statistics of the batch and updates `batch_stats`; without, it
+    normalises by `batch_stats`. Statistics and parameters stay float32 whatever the dtype.
+    """
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        dtype=dtype,
+        name=name,
+        **kwargs,
+    )

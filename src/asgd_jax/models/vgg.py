@@ -1,0 +1,57 @@
+"""VGG-11 for CIFAR: eight convolutions and one dense layer (figs. 2, 3 and 12)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from asgd_jax.models.layers import Conv, batch_norm, max_pool, scale_width
+
+_POOL = 0
+_VGG11 = (64, _POOL, 128, _POOL, 256, 256, _POOL, 512, 512, _POOL, 512, 512, _POOL)
+
+
+class VGG11(nn.Module):
+    """VGG-11 with a single 512 -> num_classes dense layer; 9,225,610 parameters for ten classes.
+
+    The five poolings take a 32x32 image to one position; larger images are averaged over positions.
+    Initialisation, as torchvision's VGG: He normal by fan out (variance 2 / fan out) for
+    convolutions, normal of standard deviation 0.01 for the dense layer, zero biases.
+
+    Attributes:
+      num_classes: number of logits.
+      batch_norm: adds BatchNorm after each convolution, whose bias it replaces. The paper's
+        experiments have none: BatchNorm makes the loss scale-free in the weights, which blurs what
+        a stability threshold means.
+      width: multiplies every channel count.
+      dtype: of the computation; parameters, statistics and logits are float32.
+      conv_impl: see `layers.Conv`.
+    """
+
+    num_classes: int
+    batch_norm: bool = False
+    width: float = 1.0
+    dtype: Any = jnp.float32
+    conv_impl: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps NHWC images, at least 32 pixels a side, to float32 logits (batch, num_classes)."""
+        for channels in _VGG11:
+            if channels == _POOL:
+                x = max_pool(x)
+                continue
+            x = Conv(
+                scale_width(channels, self.width),
+                use_bias=not self.batch_norm,
+                dtype=self.dtype,
+                kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+                conv_impl=self.conv_impl,
+            )(x)
+            x = nn.relu(batch_norm(train, self.dtype)(x) if self.batch_norm else x)
+        x = x.mean(axis=(1, 2))
+        head = nn.Dense(
+            self.num_classes, dtype=self.dtype, kernel_init=nn.initializers.normal(0.01)
+        )
+        return head(x).astype(jnp.float32)
