@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from asgd_jax.delays.processes import DelayProcess, as_process
-from asgd_jax.transforms.history import PyTree, init_history, read_slot, write_slot
+from asgd_jax.transforms.history import PyTree, init_history, write_then_read
 
 
 class DelayGradientsState(NamedTuple):
@@ -72,11 +72,12 @@ def delay_gradients(
         updates: PyTree, state: DelayGradientsState, params: PyTree | None = None
     ) -> tuple[PyTree, DelayGradientsState]:
         del params
-        # Written first, read from the result: the other order would copy the ring, because a
-        # gradient does not depend on the one it replaces. This costs one slot more than a queue.
-        gradients = write_slot(state.gradients, state.count, updates)
         staleness = process.sample(state.key, state.count)
-        old = read_slot(gradients, state.count - staleness)
+        # The new gradient is stored first, which costs one slot more than a queue and saves a copy
+        # of all slots: it does not depend on the gradient that it replaces.
+        gradients, old = write_then_read(
+            state.gradients, state.count, updates, state.count - staleness
+        )
         return old, DelayGradientsState(state.count + 1, gradients, state.key)
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -8,7 +8,7 @@ import optax
 from jax.typing import DTypeLike
 
 from asgd_jax.delays.processes import DelayProcess, as_process
-from asgd_jax.transforms.history import PyTree, init_history, read_slot, write_slot
+from asgd_jax.transforms.history import PyTree, init_history, read_slot, write_then_read
 
 
 class DelayedState(NamedTuple):
@@ -16,9 +16,10 @@ class DelayedState(NamedTuple):
 
     Attributes:
       count: int32 scalar, number of updates made.
-      history: ring of `max_delay + 1` parameter sets; slot `count` holds the live parameters.
-        An empty tuple when there is no delay.
-      staleness: int32 scalar, staleness of the *next* gradient (the one at `stale_params`).
+      history: ring of `max_delay + 1` parameter sets, half-precision ones as uint16 bits; slot
+        `count` holds the live parameters. An empty tuple when there is no delay.
+      staleness: int32 scalar, staleness of the *next* gradient.
+      stale: the parameters that gradient is to be taken at; an empty tuple when there is no delay.
       key: random key of the delay process, as raw uint32 data.
       inner_state: state of the wrapped optimizer.
     """
@@ -26,6 +27,7 @@ class DelayedState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as optax's states do
     history: PyTree
     staleness: jax.Array
+    stale: PyTree
     key: jax.Array
     inner_state: optax.OptState
 
@@ -55,7 +57,7 @@ def delayed(
     ```
 
     It is the *outermost* transform that changes the updates: `update` computes the new parameters
-    itself to store them (see `transforms/history.py` for why), so `optax.chain(delayed(...),
+    itself, to store them, so `optax.chain(delayed(...),
     optax.scale(0.5))` would remember parameters that never were. `optax.inject_hyperparams`,
     `optax.masked` and `optax.MultiSteps` around it are fine. Under `MultiSteps(delayed(...), k)`
     delays count emitted updates; under `delayed(MultiSteps(...))` they count calls.
@@ -100,13 +102,16 @@ def delayed(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: PyTree) -> DelayedState:
-        keeps_history = process.max_delay > 0
+        history: PyTree = ()
+        stale: PyTree = ()
+        if process.max_delay > 0:
+            history = init_history(params, process.max_delay + 1, history_dtype)
+            stale = read_slot(history, 0, params, history_dtype)
         return DelayedState(
             count=jnp.zeros((), jnp.int32),
-            history=init_history(params, process.max_delay + 1, history_dtype)
-            if keeps_history
-            else (),
+            history=history,
             staleness=jnp.zeros((), jnp.int32),
+            stale=stale,
             key=jax.random.PRNGKey(seed),
             inner_state=inner.init(params),
         )
@@ -122,13 +127,16 @@ def delayed(
         }
         updates, inner_state = inner.update(updates, state.inner_state, params, **inner_extra)
         count = state.count + 1
-        history, staleness = state.history, state.staleness
+        history, staleness, stale = state.history, state.staleness, state.stale
         if process.max_delay > 0:
-            # The post-update parameters depend on the slot that was read, so XLA must read before
-            # it writes and needs no copy of the ring; the live ones would cost two copies a step.
-            history = write_slot(history, count, optax.apply_updates(params, updates))
+            # The next stale parameters are read now and kept: read at the start of the next step,
+            # the slices would be fused into every operation that uses a bias, and slow the model.
             staleness = jnp.minimum(process.sample(state.key, count), count).astype(jnp.int32)
-        return updates, DelayedState(count, history, staleness, state.key, inner_state)
+            new_params = optax.apply_updates(params, updates)
+            history, stale = write_then_read(
+                history, count, new_params, count - staleness, history_dtype
+            )
+        return updates, DelayedState(count, history, staleness, stale, state.key, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -162,11 +170,8 @@ def stale_params(state: optax.OptState, params: PyTree) -> PyTree:
         )
     stale: dict[Any, jax.Array] = {}
     for node in found:
-        slot = node.count - node.staleness
-        stale.update(jax.tree_util.tree_leaves_with_path(read_slot(node.history, slot)))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: stale[path].astype(leaf.dtype) if path in stale else leaf, params
-    )
+        stale.update(jax.tree_util.tree_leaves_with_path(node.stale))
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: stale.get(path, leaf), params)
 
 
 def _is_delayed_state(node: Any) -> bool:

@@ -2,6 +2,10 @@
 
 Slot `k` of a leaf lies at index `k % depth`, where the depth is the length of that leaf's first
 axis; callers count slots upward for ever. Nothing here knows what the values mean.
+
+Half-precision values are stored as their bits, in uint16: XLA:CPU has no half-precision arithmetic
+and turns a slot write into "convert the whole ring to float32, write, convert back", so that a step
+would cost as much as the history is long.
 """
 
 from typing import Any
@@ -23,61 +27,87 @@ def init_history(tree: PyTree, depth: int, dtype: DTypeLike | None = None) -> Py
 
     Returns:
       A pytree like `tree` with leaves of shape (depth, *leaf.shape), in fresh buffers: a caller may
-      donate `tree` and the ring to the same computation.
+      donate `tree` and the ring to the same computation. Half-precision leaves are uint16 bits.
 
     >>> init_history({"w": jnp.array([1.0, 2.0])}, depth=3)["w"].shape
     (3, 2)
     """
-
-    def repeat(leaf: ArrayLike) -> jax.Array:
-        leaf = jnp.asarray(leaf)
-        if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
-            leaf = leaf.astype(dtype)
-        return jnp.repeat(leaf[None], depth, axis=0)
-
-    return jax.tree.map(repeat, tree)
+    return jax.tree.map(
+        lambda leaf: jnp.repeat(_pack(jnp.asarray(leaf), dtype)[None], depth, axis=0), tree
+    )
 
 
-def read_slot(history: PyTree, slot: jax.Array | int) -> PyTree:
-    """Returns the pytree stored in slot `slot` (an int32 scalar, traced or not).
+def read_slot(
+    history: PyTree, slot: jax.Array | int, like: PyTree, dtype: DTypeLike | None = None
+) -> PyTree:
+    """Returns the pytree stored in slot `slot`, in the dtypes of `like`.
 
-    >>> ring = write_slot(init_history(jnp.zeros(2), depth=3), 4, jnp.ones(2))
-    >>> read_slot(ring, 4), read_slot(ring, 1)  # 1 and 4 are the same slot of three
+    Args:
+      history: as `init_history(tree, depth, dtype)` returns.
+      slot: int32 scalar, traced or not.
+      like: pytree with the structure and dtypes of `tree`.
+      dtype: as given to `init_history`.
+
+    >>> zeros = jnp.zeros(2)
+    >>> ring, _ = write_then_read(init_history(zeros, depth=3), 4, jnp.ones(2), 4)
+    >>> read_slot(ring, 4, zeros), read_slot(ring, 1, zeros)  # the same slot of three
     (Array([1., 1.], dtype=float32), Array([1., 1.], dtype=float32))
     """
-
-    def read(ring: jax.Array) -> jax.Array:
-        slots = _as_bits(ring)
-        old = jax.lax.dynamic_index_in_dim(slots, slot % ring.shape[0], keepdims=False)
-        return jax.lax.bitcast_convert_type(old, ring.dtype)
-
-    return jax.tree.map(read, history)
+    return jax.tree.map(
+        lambda leaf, ring: _unpack(_read(ring, slot), jnp.asarray(leaf), dtype), like, history
+    )
 
 
-def write_slot(history: PyTree, slot: jax.Array | int, tree: PyTree) -> PyTree:
-    """Returns `history` with slot `slot` replaced by `tree`, cast to the ring's dtype.
+def write_then_read(
+    history: PyTree,
+    write: jax.Array | int,
+    tree: PyTree,
+    read: jax.Array | int,
+    dtype: DTypeLike | None = None,
+) -> tuple[PyTree, PyTree]:
+    """Writes `tree` into slot `write`, then reads slot `read` from the result.
 
-    XLA does this in place when the ring is donated *and* what is written depends on what was read
-    from the ring before. Write such values only, or write first and read the result: with a value
-    that could be written early, XLA keeps the old ring alive and copies all of it.
+    In this order a donated ring is updated in place. Read first and the slices are fused into
+    whatever uses them, perhaps after the write: XLA then keeps the old ring alive by copying it.
+
+    Args:
+      history: as `init_history(tree, depth, dtype)` returns.
+      write: int32 scalar.
+      tree: what to store.
+      read: int32 scalar; may be `write`.
+      dtype: as given to `init_history`.
+
+    Returns:
+      The new ring, and the pytree in slot `read` in the dtypes of `tree`.
     """
 
-    def write(ring: jax.Array, leaf: ArrayLike) -> jax.Array:
-        new = _as_bits(jnp.asarray(leaf).astype(ring.dtype))
+    def turn(leaf: ArrayLike, ring: jax.Array) -> tuple[jax.Array, jax.Array]:
+        leaf = jnp.asarray(leaf)
         slots = jax.lax.dynamic_update_index_in_dim(
-            _as_bits(ring), new, slot % ring.shape[0], axis=0
+            ring, _pack(leaf, dtype), write % ring.shape[0], axis=0
         )
-        return jax.lax.bitcast_convert_type(slots, ring.dtype)
+        return slots, _unpack(_read(slots, read), leaf, dtype)
 
-    return jax.tree.map(write, history, tree)
+    leaves, structure = jax.tree.flatten(tree)
+    pairs = [turn(*pair) for pair in zip(leaves, jax.tree.leaves(history), strict=True)]
+    rings, old = ([pair[k] for pair in pairs] for k in (0, 1))
+    return jax.tree.unflatten(structure, rings), jax.tree.unflatten(structure, old)
 
 
-def _as_bits(ring: jax.Array) -> jax.Array:
-    """Half-precision values as integers, everything else as it is.
+def _read(ring: jax.Array, slot: jax.Array | int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(ring, slot % ring.shape[0], keepdims=False)
 
-    XLA:CPU has no half-precision arithmetic and turns a slot write into "convert the whole ring to
-    float32, write, convert back": a step would then cost as much as the history is long.
-    """
-    if ring.dtype in (jnp.bfloat16, jnp.float16):
-        return jax.lax.bitcast_convert_type(ring, jnp.uint16)
-    return ring
+
+def _storage_dtype(leaf: jax.Array, dtype: DTypeLike | None) -> Any:
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jnp.dtype(dtype) if dtype is not None and floating else leaf.dtype
+
+
+def _pack(leaf: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    leaf = leaf.astype(_storage_dtype(leaf, dtype))
+    half = leaf.dtype in (jnp.bfloat16, jnp.float16)
+    return jax.lax.bitcast_convert_type(leaf, jnp.uint16) if half else leaf
+
+
+def _unpack(stored: jax.Array, like: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    return jax.lax.bitcast_convert_type(stored, _storage_dtype(like, dtype)).astype(like.dtype)

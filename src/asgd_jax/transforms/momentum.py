@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from asgd_jax.delays.processes import DelayProcess, as_process
-from asgd_jax.transforms.history import PyTree, init_history, read_slot, write_slot
+from asgd_jax.transforms.history import PyTree, init_history, read_slot, write_then_read
 
 
 class ShiftedTraceState(NamedTuple):
@@ -79,7 +79,7 @@ def shifted_trace(
                     "wrap the optimizer in asgd_jax.delayed(optimizer, process)"
                 )
             staleness = jnp.minimum(process.max_delay, state.count)
-        own_buffer = read_slot(state.trace, state.count - staleness)
+        own_buffer = read_slot(state.trace, state.count - staleness, updates)
 
         def accumulate(buffer: jax.Array, gradient: jax.Array) -> jax.Array:
             momentum = jnp.asarray(decay, buffer.dtype)
@@ -87,10 +87,12 @@ def shifted_trace(
             return momentum * buffer + gain * gradient
 
         slot = state.count + 1
-        trace = write_slot(state.trace, slot, jax.tree.map(accumulate, own_buffer, updates))
-        # Read back from the new ring: otherwise XLA computes the buffer a second time from the old
-        # one inside the parameter update, after the write, and copies the whole ring to allow it.
-        return read_slot(trace, slot), ShiftedTraceState(slot, trace)
+        # Read back what was written: otherwise XLA computes it a second time inside the parameter
+        # update, from the old ring and after the write, and copies the whole ring to allow it.
+        trace, new_buffer = write_then_read(
+            state.trace, slot, jax.tree.map(accumulate, own_buffer, updates), slot
+        )
+        return new_buffer, ShiftedTraceState(slot, trace)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
