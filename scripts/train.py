@@ -28,7 +28,9 @@ def main(argv: list[str]) -> None:
 
 
 def _complain(error: Exception) -> int:
-    print(f"train.py: {error}", file=sys.stderr)
+    # An error within a config file arrives with its traceback; what it says is the last line.
+    last = [line for line in str(error).splitlines() if line.strip()][-1]
+    print(f"train.py: {last.strip().removeprefix('ValueError: ')}", file=sys.stderr)
     return 2
 
 

@@ -1,0 +1,131 @@
+"""Whole runs: what they leave in their folder, divergence, determinism, compiled programs."""
+
+import csv
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from asgd_jax import data
+from asgd_jax.training import Batch, set_up, train
+from asgd_jax.training.chunk import NOT_DIVERGED, make_run_chunk
+from asgd_jax.training.metrics import COLUMNS, read_rows
+
+
+def test_a_run_leaves_config_metrics_events_and_summary(tiny_config, tmp_path):
+    tiny_config.update(delay=3, learning_rate_rule="inverse", log_every_steps=5)
+    summary = train(tiny_config, tmp_path / "run", progress=False)
+    folder = tmp_path / "run"
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    assert [int(row["step"]) for row in rows] == [5, 10, 15, 16, 21, 26, 31, 32]
+    assert [bool(row["validation_error"]) for row in rows] == [False, False, False, True] * 2
+    saved = json.loads((folder / "summary.json").read_text())
+    assert saved["status"] == "completed"
+    assert saved["diverged_at_step"] is None
+    assert saved["steps"] == 32
+    assert saved["learning_rate"] == pytest.approx(0.2 / 3)
+    assert saved["staleness"]["max"] == 3
+    assert saved["staleness"]["histogram"] == [1, 1, 1, 29]
+    assert saved["staleness"]["mean"] == pytest.approx((0 + 1 + 2 + 3 * 29) / 32)
+    assert saved["final"]["train_loss"] == pytest.approx(summary["final"]["train_loss"])
+    assert saved["versions"]["jax"] == jax.__version__
+    assert saved["config"]["delay"] == 3
+    assert json.loads((folder / "config.json").read_text()) == saved["config"]
+    assert list(folder.glob("events.out.tfevents.*"))
+
+
+def test_the_last_row_is_true_of_the_whole_validation_set(tiny_config, tmp_path):
+    """The run's own last evaluation against a plain one of the same run, step by step."""
+    summary = train(tiny_config, tmp_path, progress=False)
+    setup = set_up(tiny_config)
+    state, step = setup.state, jax.jit(setup.train_step)
+    losses = []
+    for epoch in range(tiny_config.epochs):
+        for samples in np.asarray(data.epoch_batches(tiny_config.seed, epoch, setup.plan)):
+            images, labels = (
+                setup.dataset.train_images[samples],
+                setup.dataset.train_labels[samples],
+            )
+            state, metrics = step(state, Batch(images, labels))
+            losses.append(float(metrics.loss))
+    images = data.normalizer(setup.dataset)(setup.dataset.validation_images)
+    logits = setup.model.apply({"params": state.params}, images, train=False)
+    wrong = np.argmax(np.asarray(logits), axis=-1) != setup.dataset.validation_labels
+    assert summary["final"]["validation_error"] == pytest.approx(wrong.mean(), abs=1e-6)
+    per_epoch = setup.plan.steps_per_epoch
+    rows = read_rows(tmp_path)
+    for epoch, row in enumerate(rows):
+        mean = np.mean(losses[epoch * per_epoch : (epoch + 1) * per_epoch])
+        assert row["train_loss"] == pytest.approx(mean, rel=1e-4)
+
+
+def test_divergence_is_recorded_and_ends_the_run(tiny_config, tmp_path):
+    tiny_config.update(learning_rate=1e6, delay=3)
+    summary = train(tiny_config, tmp_path, progress=False)
+    assert summary["status"] == "diverged"
+    at = summary["diverged_at_step"]
+    assert summary["steps"] == at + 1 < 32
+    saved = json.loads((tmp_path / "summary.json").read_text())  # NaN would not be JSON
+    assert saved["diverged_at_step"] == at
+    last = read_rows(tmp_path)[-1]
+    assert last["step"] == at + 1
+    assert not last["train_loss"] < tiny_config.divergence_loss
+
+
+def test_the_same_seed_repeats_and_another_does_not(tiny_config, tmp_path):
+    tiny_config.update(delay=3, delay_distribution="uniform")
+
+    def rows(name, seed):
+        tiny_config.seed = seed
+        train(tiny_config, tmp_path / name, progress=False)
+        return [
+            {key: row[key] for key in row if key != "steps_per_second"}
+            for row in read_rows(tmp_path / name)
+        ]
+
+    first = rows("first", 1)
+    assert first == rows("again", 1)
+    other = rows("other", 2)
+    assert all(a["train_loss"] != b["train_loss"] for a, b in zip(first, other, strict=True))
+
+
+def test_chunks_of_any_length_share_one_program_and_copy_no_large_ring(tiny_config):
+    tiny_config.update(delay=3)
+    setup = set_up(tiny_config)
+    dataset = setup.dataset
+    run_chunk = make_run_chunk(setup.train_step, 3, 1e3)
+    images, labels = jax.device_put((dataset.train_images, dataset.train_labels))
+    order = data.epoch_batches(0, 0, setup.plan)
+    text = run_chunk.lower(setup.state, images, labels, order, 0, 5).compile().as_text()
+    assert "f32[4,64,8]" in text
+    assert not [line for line in text.splitlines() if "= f32[4,64,8]" in line and " copy(" in line]
+    state = setup.state
+    for start, stop in ((0, 1), (1, 4), (4, 16)):
+        state, totals = run_chunk(state, images, labels, order, start, stop)
+        assert (int(totals.steps), int(totals.diverged_at)) == (stop - start, NOT_DIVERGED)
+    assert int(state.step) == 16
+    assert run_chunk._cache_size() == 1
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tiny_config, tmp_path):
+    tiny_config.epochs = 1
+    train(tiny_config, tmp_path, progress=False)
+    before = (tmp_path / "metrics.csv").read_bytes()
+    with pytest.raises(ValueError, match=r"holds a run already: name another, or delete it"):
+        train(tiny_config, tmp_path, progress=False)
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+
+
+def test_gap_is_zero_without_delay_and_not_with(tiny_config, tmp_path):
+    train(tiny_config, tmp_path / "sync", progress=False)
+    tiny_config.delay = 3
+    train(tiny_config, tmp_path / "async", progress=False)
+    assert all(row["gap"] == 0 for row in read_rows(tmp_path / "sync"))
+    for row in read_rows(tmp_path / "async"):
+        assert row["gap"] > 0
+        assert row["relative_gap"] == pytest.approx(row["gap"] / row["parameter_norm"], rel=1e-5)
+        assert math.isclose(row["staleness_max"], 3)

@@ -1,0 +1,117 @@
+"""Learning-rate rules, regimes, delay processes and momentum arms from a configuration."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from asgd_jax.delays import simulate_workers
+from asgd_jax.training import default_config
+from asgd_jax.training.optimizer import (
+    effective_learning_rate,
+    kernel_mask,
+    make_delay_process,
+    make_multiplier,
+    make_optimizer,
+)
+
+
+def config_with(**changes):
+    config = default_config()
+    config.update(changes)
+    return config
+
+
+def test_rules_start_from_what_the_user_typed():
+    rates = {
+        rule: effective_learning_rate(
+            config_with(learning_rate=0.8, delay=31, learning_rate_rule=rule)
+        )
+        for rule in ("none", "inverse", "sqrt", "exact")
+    }
+    exact = 0.8 * np.sin(np.pi / (2 * (2 * 31 + 1)))
+    expected = {"none": 0.8, "inverse": 0.8 / 31, "sqrt": 0.8 / np.sqrt(31), "exact": exact}
+    for rule, rate in expected.items():
+        assert rates[rule] == pytest.approx(rate, rel=1e-9)
+
+
+def test_the_regime_multiplies_and_never_replaces():
+    config = config_with(warmup_epochs=2.0, warmup_from=0.25, decay_epochs=(3, 5), decay_factor=0.1)
+    multiplier = make_multiplier(config, steps_per_epoch=10)
+    measured = [float(multiplier(jnp.asarray(step))) for step in (0, 10, 20, 29, 30, 49, 50)]
+    expected = [0.25, 0.625, 1.0, 1.0, 0.1, 0.1, 0.01]
+    np.testing.assert_allclose(measured, expected, rtol=1e-5)
+    assert float(make_multiplier(default_config(), 10)(jnp.asarray(7))) == 1.0
+
+
+def test_delay_distributions_have_the_mean_of_the_configured_delay(tmp_path):
+    for distribution in ("constant", "uniform", "normal"):
+        process = make_delay_process(
+            config_with(delay=7, delay_distribution=distribution), num_updates=10
+        )
+        assert process.pmf @ np.arange(process.pmf.size) == pytest.approx(7, abs=1e-3)
+    process = make_delay_process(
+        config_with(delay=3, delay_distribution="workers", seed=5), num_updates=50
+    )
+    expected = simulate_workers(4, 50, schedule="random", seed=5)
+    assert [int(process.sample(None, step)) for step in range(50)] == expected.tolist()
+    np.save(tmp_path / "trace.npy", expected)
+    np.savetxt(tmp_path / "trace.txt", expected, fmt="%d")
+    for file in ("trace.npy", "trace.txt"):
+        replay = make_delay_process(
+            config_with(delay_distribution="trace", delay_trace=str(tmp_path / file)), 50
+        )
+        assert int(replay.sample(None, 17)) == expected[17]
+
+
+def test_momentum_arms_are_their_recursions():
+    """v = m v + gain g on a constant gradient, then the learning rate."""
+    grads = {"kernel": jnp.ones(2)}
+    after = {
+        ("heavy_ball", False): 1 + 0.5 + 0.25,
+        ("heavy_ball", True): 0.5 * (1 + 0.5 + 0.25),
+        ("nesterov", False): 1 + 0.5 * (1 + 0.5 + 0.25),
+        ("nesterov", True): 0.5 * (1 + 0.5 * (1 + 0.5 + 0.25)),
+        ("shifted", False): 1 + 0.5 + 0.25,
+        ("shifted", True): 0.5 * (1 + 0.5 + 0.25),
+    }
+    for (kind, dampening), expected in after.items():
+        config = config_with(
+            momentum=0.5, momentum_kind=kind, dampening=dampening, learning_rate=0.1
+        )
+        tx = make_optimizer(config, make_delay_process(config, 1), steps_per_epoch=5)
+        state = tx.init(grads)
+        for _ in range(3):
+            updates, state = tx.update(grads, state, grads)
+        np.testing.assert_allclose(updates["kernel"], -0.1 * expected, rtol=1e-6, err_msg=kind)
+
+
+def test_clipping_and_decay_act_on_the_server():
+    config = config_with(clip_norm=1.0, weight_decay=0.5, weight_decay_on="kernels", delay=3)
+    config.learning_rate = 1.0
+    tx = make_optimizer(config, make_delay_process(config, 1), steps_per_epoch=5)
+    params = {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}
+    grads = {"kernel": jnp.array([3.0]), "bias": jnp.array([4.0])}
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -(3 / 5 + 0.5 * 2), rtol=1e-6)
+    np.testing.assert_allclose(updates["bias"], -4 / 5, rtol=1e-6)
+    assert kernel_mask({"conv": {"kernel": 0, "bias": 0, "scale": 0}}) == {
+        "conv": {"kernel": True, "bias": False, "scale": False}
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_adam_is_optax_adam(optimizer):
+    config = config_with(optimizer=optimizer, learning_rate=0.1, weight_decay=0.01)
+    tx = make_optimizer(config, make_delay_process(config, 1), steps_per_epoch=5)
+    params = {"kernel": jnp.array([2.0, -1.0])}
+    if optimizer == "adamw":
+        reference = optax.adamw(0.1, weight_decay=0.01)
+    else:
+        reference = optax.chain(optax.add_decayed_weights(0.01), optax.adam(0.1))
+    state, other = tx.init(params), reference.init(params)
+    for scale in (1.0, -2.0, 0.5):
+        grads = {"kernel": scale * jnp.array([1.0, 3.0])}
+        updates, state = tx.update(grads, state, params)
+        expected, other = reference.update(grads, other, params)
+        np.testing.assert_allclose(updates["kernel"], expected["kernel"], rtol=1e-5)
