@@ -18,6 +18,7 @@ def tiny_config():
         learning_rate=0.2,
         epochs=2,
         eval_batch_size=64,
+        num_devices=1,
     )
     config.model_options.hidden = (8,)
     return config

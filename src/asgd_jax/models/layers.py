@@ -17,6 +17,9 @@ from jax import lax
 Padding = str | Sequence[tuple[int, int]]
 Initializer = Callable[..., jax.Array]
 
+# Share of the old value in one step of BatchNorm's running statistics.
+BATCH_NORM_DECAY = 0.9
+
 CONV_IMPLEMENTATIONS = ("auto", "patches", "lax")
 
 
@@ -209,7 +212,7 @@ def batch_norm(train: bool, dtype: Any, name: str | None = None, **kwargs: Any) 
     """
     return nn.BatchNorm(
         use_running_average=not train,
-        momentum=0.9,
+        momentum=BATCH_NORM_DECAY,
         epsilon=1e-5,
         dtype=dtype,
         name=name,

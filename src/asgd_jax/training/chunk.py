@@ -55,47 +55,52 @@ def add_step(
         error=totals.error + metrics.error,
         gradient_norm=totals.gradient_norm + metrics.gradient_norm,
         staleness=totals.staleness.at[metrics.staleness].add(1),
-        diverged_at=jnp.where(fine, NOT_DIVERGED, step),
+        diverged_at=jnp.where(
+            (totals.diverged_at == NOT_DIVERGED) & ~fine, step, totals.diverged_at
+        ),
     )
 
 
-RunChunk = Callable[..., tuple[TrainState, ChunkTotals]]
-
-
-def make_run_chunk(train_step: TrainStep, max_delay: int, divergence_loss: float) -> RunChunk:
+def make_run_chunk(
+    train_step: TrainStep,
+    max_delay: int,
+    divergence_loss: float,
+    *,
+    place: Callable[[Batch], Batch] = lambda batch: batch,
+) -> Callable[..., tuple[TrainState, ChunkTotals]]:
     """Returns `run_chunk(state, images, labels, order, start, stop) -> (state, totals)`.
 
     It makes updates `start`, ..., `stop` - 1 of the epoch whose samples `order` lists, in one
-    compiled `while` loop: chunks of any length share one program, and a run that diverges stops at
-    that update. The state is donated.
+    `while` loop: chunks of any length share one program, and a run that diverges stops at that
+    update. To be jitted, or mapped over devices, with the state donated.
 
     Args:
       train_step: see `make_train_step`.
       max_delay: largest staleness, sizes the histogram.
       divergence_loss: a train loss above it, or not finite, ends the chunk.
+      place: applied to every batch: constrains its sharding, or takes this device's share.
 
     The returned function takes the data set on the device (`images` uint8, `labels` int32) and
     `order`, int32 (steps_per_epoch, workers_per_update, worker_batch_size), indices of samples.
     """
+    Carry = tuple[jax.Array, TrainState, ChunkTotals]
 
     def run_chunk(
         state: TrainState,
         images: jax.Array,
         labels: jax.Array,
         order: jax.Array,
-        start: int,
-        stop: int,
+        start: jax.Array | int,
+        stop: jax.Array | int,
     ) -> tuple[TrainState, ChunkTotals]:
-        def unfinished(carry: tuple[jax.Array, TrainState, ChunkTotals]) -> jax.Array:
+        def unfinished(carry: Carry) -> jax.Array:
             index, _, totals = carry
             return (index < stop) & (totals.diverged_at == NOT_DIVERGED)
 
-        def update(
-            carry: tuple[jax.Array, TrainState, ChunkTotals],
-        ) -> tuple[jax.Array, TrainState, ChunkTotals]:
+        def update(carry: Carry) -> Carry:
             index, state, totals = carry
             samples = order[index]
-            new_state, metrics = train_step(state, Batch(images[samples], labels[samples]))
+            new_state, metrics = train_step(state, place(Batch(images[samples], labels[samples])))
             totals = add_step(totals, metrics, state.step, divergence_loss)
             return index + 1, new_state, totals
 
@@ -105,7 +110,7 @@ def make_run_chunk(train_step: TrainStep, max_delay: int, divergence_loss: float
         )
         return state, totals
 
-    return jax.jit(run_chunk, donate_argnums=0)
+    return run_chunk
 
 
 def merge_totals(left: ChunkTotals, right: ChunkTotals) -> ChunkTotals:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from asgd_jax.data.batches import plan_batches
+from asgd_jax.training.batch_stats import MODES as BATCH_STATS_MODES
 
 DELAY_DISTRIBUTIONS = ("constant", "uniform", "normal", "workers", "trace")
 LEARNING_RATE_RULES = ("none", "inverse", "exact", "sqrt")
@@ -26,7 +27,8 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of the parameters, the batch order and the delays
     # Data.
-    config.dataset = "digits"  # digits, mnist, cifar10, cifar100
+    config.dataset = "digits"  # digits, mnist, cifar10, cifar100, imagenet2012 (streamed)
+    config.image_size = 224  # pixels of a side, of streamed data sets
     config.data_dir = placeholder(str)  # folder or gs:// address; None: TFDS_DATA_DIR
     config.normalize = "own"  # own: each channel's mean and std; half: (x - .5) / .5
     config.num_train = placeholder(int)  # None: all
@@ -38,6 +40,8 @@ def default_config() -> ConfigDict:
     config.dtype = "float32"  # of the computation
     config.conv_impl = "auto"
     config.model_options = ConfigDict(convert_dict=True)  # further arguments of the model
+    config.batch_stats = "server"  # of BatchNorm: server, worker, recalibrate
+    config.recalibration_batches = 16
     # Workers and delay.
     config.num_workers = 32
     config.worker_batch_size = 64  # samples of one gradient
@@ -62,6 +66,14 @@ def default_config() -> ConfigDict:
     config.weight_decay_on = "all"  # all, or kernels (of convolutions and dense layers)
     config.clip_norm = placeholder(float)  # global gradient norm, on the server
     config.label_smoothing = 0.0
+    # Devices.
+    config.parallelism = "jit"  # jit over a mesh, or pmap
+    config.num_devices = placeholder(int)  # None: all
+    config.shard_history = False  # each device holds its part of every slot (jit only)
+    config.multihost = False  # join the processes of several hosts
+    config.coordinator = placeholder(str)  # HOST:PORT; None where JAX knows the cluster
+    config.num_processes = placeholder(int)
+    config.process_id = placeholder(int)
     # The run.
     config.epochs = 3
     config.log_every_steps = placeholder(int)  # None: once an epoch
@@ -90,6 +102,10 @@ def validate_config(config: ConfigDict) -> None:
     _choice(config, "optimizer", OPTIMIZERS)
     _choice(config, "weight_decay_on", ("all", "kernels"))
     _choice(config, "worker_schedule", ("random", "normal"))
+    _choice(config, "batch_stats", BATCH_STATS_MODES)
+    _choice(config, "parallelism", ("jit", "pmap"))
+    if config.parallelism == "pmap" and config.shard_history:
+        raise ValueError("shard_history=True needs parallelism='jit': pmap keeps whole replicas")
     plan_batches(
         1 << 60,
         num_workers=config.num_workers,
@@ -107,6 +123,8 @@ def validate_config(config: ConfigDict) -> None:
         _number(config, field, at_least=0)
     _number(config, "momentum", at_least=0, below=1)
     _number(config, "label_smoothing", at_least=0, below=1)
+    for field in ("image_size", "recalibration_batches"):
+        _number(config, field, above=0)
     for field in ("clip_norm", "log_every_steps", "num_train", "num_validation"):
         if config[field] is not None:
             _number(config, field, above=0)

@@ -31,41 +31,56 @@ def pad_to_batches(
     return images.reshape(-1, batch_size, *images.shape[1:]), labels.reshape(-1, batch_size)
 
 
+def make_sum_batch(
+    model: nn.Module, normalize: Callable[[jax.Array], jax.Array]
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Returns `sum_batch(params, batch_stats, images, labels)`: summed loss, number of errors.
+
+    Samples with a negative label are padding and count nowhere. BatchNorm uses its running
+    statistics.
+    """
+
+    def sum_batch(
+        params: PyTree, batch_stats: PyTree, images: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits = model.apply(variables, normalize(images), train=False)
+        real = labels >= 0
+        losses = cross_entropy(logits, jnp.maximum(labels, 0))
+        wrong = jnp.argmax(logits, axis=-1) != labels
+        return jnp.sum(jnp.where(real, losses, 0)), jnp.sum(real & wrong)
+
+    return sum_batch
+
+
 def make_evaluate(
     model: nn.Module,
     normalize: Callable[[jax.Array], jax.Array],
     images: np.ndarray,
     labels: np.ndarray,
     batch_size: int,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Evaluate:
     """Returns `evaluate(params, batch_stats) -> (loss, error)` over every sample of a data set.
 
-    The mean is exact: padding carries the label -1 and counts nowhere. BatchNorm uses its running
-    statistics. One compiled program runs all batches.
+    The mean is exact: padding carries the label -1. One compiled program runs all batches.
 
     Args:
       model: a Linen module.
       normalize: raw images to the model's input.
       images: (n, height, width, channels); labels: int32 (n,).
       batch_size: samples at once.
+      sharding: where the data set is put; JAX's default device by default.
     """
     num_samples = len(labels)
-    batches = jax.device_put(pad_to_batches(images, labels, batch_size))
+    batches = jax.device_put(pad_to_batches(images, labels, batch_size), sharding)
+    sum_batch = make_sum_batch(model, normalize)
 
     @jax.jit
     def run(
         params: PyTree, batch_stats: PyTree, batches: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        def one(batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            images, labels = batch
-            variables = {"params": params, "batch_stats": batch_stats}
-            logits = model.apply(variables, normalize(images), train=False)
-            real = labels >= 0
-            losses = cross_entropy(logits, jnp.maximum(labels, 0))
-            wrong = jnp.argmax(logits, axis=-1) != labels
-            return jnp.sum(jnp.where(real, losses, 0)), jnp.sum(real & wrong)
-
-        losses, wrong = jax.lax.map(one, batches)
+        losses, wrong = jax.lax.map(lambda pair: sum_batch(params, batch_stats, *pair), batches)
         return losses.sum() / num_samples, wrong.sum() / num_samples
 
     # The arrays are an argument: closed over, they would be compiled into the program.

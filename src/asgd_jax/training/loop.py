@@ -1,75 +1,22 @@
-"""A run from its configuration to its summary: set up, train in chunks, evaluate, report."""
+"""A run from its configuration to its summary: train in chunks, evaluate, report."""
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
-from asgd_jax import data, models, stability
+from asgd_jax import stability
 from asgd_jax.delays import DelayProcess
 from asgd_jax.training import metrics, optimizer, report
-from asgd_jax.training.chunk import NOT_DIVERGED, ChunkTotals, make_run_chunk, merge_totals
-from asgd_jax.training.config import validate_config
-from asgd_jax.training.evaluate import Evaluate, make_evaluate
-from asgd_jax.training.state import TrainState, init_state, num_params
-from asgd_jax.training.step import TrainStep, gap, make_train_step
-
-
-class Setup(NamedTuple):
-    """Everything that a configuration determines, before the first update."""
-
-    dataset: data.Dataset
-    plan: data.BatchPlan
-    process: DelayProcess
-    model: nn.Module
-    tx: optax.GradientTransformationExtraArgs
-    train_step: TrainStep
-    state: TrainState
-
-
-def set_up(config: ConfigDict) -> Setup:
-    """Checks the configuration, loads the data and builds model, optimizer, step and first state.
-
-    Raises:
-      ValueError: one line that names the field, the value and the remedy.
-      DatasetNotFoundError: when the data is neither prepared nor downloadable.
-    """
-    validate_config(config)
-    model = models.create(
-        config.model,
-        num_classes=1,  # only the name and the options are checked before the data is read
-        **_model_options(config),
-    )
-    dataset = data.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        num_train=config.num_train,
-        num_validation=config.num_validation,
-        normalize=config.normalize,
-    )
-    plan = data.plan_batches(
-        len(dataset.train_labels),
-        num_workers=config.num_workers,
-        worker_batch_size=config.worker_batch_size,
-        delay=config.delay,
-    )
-    model = models.create(config.model, num_classes=dataset.num_classes, **_model_options(config))
-    process = optimizer.make_delay_process(config, plan.steps_per_epoch * config.epochs)
-    tx = optimizer.make_optimizer(config, process, plan.steps_per_epoch)
-    normalize = data.normalizer(dataset)
-    augment = data.augmenter(config.dataset) if config.augment else lambda key, images: images
-    train_step = make_train_step(
-        model, tx, lambda key, images: normalize(augment(key, images)), config.label_smoothing
-    )
-    state = init_state(model, tx, dataset.train_images.shape[1:], config.seed)
-    return Setup(dataset, plan, process, model, tx, train_step, state)
+from asgd_jax.training.chunk import NOT_DIVERGED, ChunkTotals, merge_totals
+from asgd_jax.training.setup import Setup, make_validation, server_state, set_up
+from asgd_jax.training.state import num_params
+from asgd_jax.training.step import gap
 
 
 def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> dict[str, Any]:
@@ -119,12 +66,15 @@ class _Outcome(NamedTuple):
 def _run(config: ConfigDict, setup: Setup, writer: metrics.Writer, progress: bool) -> _Outcome:
     from tqdm import tqdm
 
-    dataset, plan, state = setup.dataset, setup.plan, setup.state
-    images, labels = jax.device_put((dataset.train_images, dataset.train_labels))
-    run_chunk = make_run_chunk(setup.train_step, setup.process.max_delay, config.divergence_loss)
-    order_of = jax.jit(lambda epoch: data.epoch_batches(config.seed, epoch, plan))
-    evaluate = _make_validation(config, setup)
-    measure_gap = jax.jit(gap)
+    plan, state = setup.feed.plan, setup.state
+    advance = setup.feed.make_advance(
+        setup.train_step,
+        setup.process.max_delay,
+        setup.mesh,
+        jax.tree.map(lambda leaf: leaf.sharding, state),
+    )
+    validate = make_validation(config, setup)
+    measure_gap = jax.jit(lambda state: gap(server_state(config, state)))
     learning_rate = _learning_rate_of(config, setup)
 
     rows: list[metrics.Row] = []
@@ -134,7 +84,7 @@ def _run(config: ConfigDict, setup: Setup, writer: metrics.Writer, progress: boo
     with tqdm(total=plan.steps_per_epoch * config.epochs, unit="step", disable=not show) as bar:
         for epoch, start, stop in _chunks(config, plan.steps_per_epoch):
             before = time.perf_counter()
-            state, totals = run_chunk(state, images, labels, order_of(epoch), start, stop)
+            state, totals = advance(state, epoch, start, stop)
             totals = jax.device_get(totals)
             seconds = time.perf_counter() - before
             train_seconds += seconds
@@ -148,10 +98,11 @@ def _run(config: ConfigDict, setup: Setup, writer: metrics.Writer, progress: boo
                 "gap": distance,
                 "relative_gap": relative,
                 "steps_per_second": int(totals.steps) / seconds,
-            } | metrics.summarize(totals)
+                **metrics.summarize(totals),
+            }
             diverged = totals.diverged_at != NOT_DIVERGED
             if _is_evaluated(config, plan.steps_per_epoch, epoch, stop) or diverged:
-                loss, error = evaluate(state.params, state.batch_stats)
+                loss, error = validate(state)
                 row |= {"validation_loss": float(loss), "validation_error": float(error)}
                 bar.set_postfix(validation_error=f"{float(error):.2%}")
             writer.write(row, totals.staleness)
@@ -177,30 +128,11 @@ def _is_evaluated(config: ConfigDict, steps_per_epoch: int, epoch: int, stop: in
     return stop == steps_per_epoch and due
 
 
-def _make_validation(config: ConfigDict, setup: Setup) -> Evaluate:
-    return make_evaluate(
-        setup.model,
-        data.normalizer(setup.dataset),
-        setup.dataset.validation_images,
-        setup.dataset.validation_labels,
-        config.eval_batch_size,
-    )
-
-
-def _learning_rate_of(config: ConfigDict, setup: Setup) -> Any:
+def _learning_rate_of(config: ConfigDict, setup: Setup) -> Callable[[int], float]:
     """Returns the learning rate of the last of `step` updates, regime included."""
     peak = optimizer.effective_learning_rate(config)
-    multiplier = jax.jit(optimizer.make_multiplier(config, setup.plan.steps_per_epoch))
+    multiplier = jax.jit(optimizer.make_multiplier(config, setup.feed.plan.steps_per_epoch))
     return lambda step: peak * float(multiplier(np.int32(max(step - 1, 0))))
-
-
-def _model_options(config: ConfigDict) -> dict[str, Any]:
-    return {
-        "width": config.width,
-        "dtype": config.dtype,
-        "conv_impl": config.conv_impl,
-        **config.model_options.to_dict(),
-    }
 
 
 def _summarize(config: ConfigDict, setup: Setup, outcome: _Outcome) -> dict[str, Any]:
@@ -220,8 +152,8 @@ def _summarize(config: ConfigDict, setup: Setup, outcome: _Outcome) -> dict[str,
             "max": largest,
             "histogram": np.asarray(outcome.totals.staleness),
         },
-        "batches": setup.plan._asdict(),
-        "num_params": num_params(setup.state),
+        "batches": setup.feed.plan._asdict(),
+        "num_params": num_params(server_state(config, setup.state)),
         "steps_per_second": int(outcome.totals.steps) / outcome.train_seconds,
         "config": config.to_dict(),
         **report.environment(),

@@ -1,10 +1,12 @@
 """The state of a run: everything that a checkpoint must hold, and nothing else."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 PyTree = Any
@@ -33,6 +35,9 @@ def init_state(
     tx: optax.GradientTransformation,
     image_shape: tuple[int, ...],
     seed: int,
+    *,
+    keep_stats: Callable[[PyTree], PyTree] = lambda stats: stats,
+    sharding_of: Callable[[PyTree], PyTree] | None = None,
 ) -> TrainState:
     """Returns the state before the first update.
 
@@ -41,8 +46,9 @@ def init_state(
       tx: the optimizer, with `delayed` outermost.
       image_shape: (height, width, channels).
       seed: of the parameters and of all that is random in the run.
+      keep_stats: what is kept of the initial batch statistics, see `BatchStatsChains.init`.
+      sharding_of: from the shapes of the state to its shardings; JAX's default device by default.
     """
-    key = jax.random.PRNGKey(seed)
 
     def init(key: jax.Array) -> TrainState:
         images = jnp.zeros((1, *image_shape), jnp.float32)
@@ -51,12 +57,14 @@ def init_state(
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            batch_stats=variables.get("batch_stats", {}),
+            batch_stats=keep_stats(variables.get("batch_stats", {})),
             opt_state=tx.init(params),
             key=key,
         )
 
-    return jax.jit(init)(key)
+    key = jax.random.PRNGKey(seed)
+    shardings = None if sharding_of is None else sharding_of(jax.eval_shape(init, key))
+    return jax.jit(init, out_shardings=shardings)(np.asarray(key))
 
 
 def num_params(state: TrainState) -> int:

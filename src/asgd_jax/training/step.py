@@ -1,13 +1,14 @@
 """One update: the gradient at stale parameters, then the server's step. Both are pure functions."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
+from asgd_jax.training.batch_stats import BatchStatsChains, make_chains
 from asgd_jax.training.state import PyTree, TrainState
 from asgd_jax.transforms import stale_params
 
@@ -111,6 +112,9 @@ def make_train_step(
     tx: optax.GradientTransformation,
     preprocess: Preprocess,
     label_smoothing: float = 0.0,
+    *,
+    chains: BatchStatsChains | None = None,
+    axis_name: str | None = None,
 ) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`, pure, to be jitted, scanned, vmapped.
 
@@ -120,21 +124,30 @@ def make_train_step(
       preprocess: `preprocess(key, images)`: raw images (n, height, width, channels) to the model's
         float32 input, augmentation included; `key` differs at every update.
       label_smoothing: see `cross_entropy`.
+      chains: how BatchNorm's running statistics are kept; one chain on the server by default.
+      axis_name: under `pmap`, the axis whose members average their gradients.
     """
     gradient = make_gradient(model, preprocess, label_smoothing)
+    chains = make_chains("server", 0) if chains is None else chains
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        stale = stale_params(state.opt_state, state.params)
-        key = jax.random.fold_in(state.key, state.step)
-        gradients, (batch_stats, loss, error) = gradient(stale, state.batch_stats, batch, key)
         staleness = state.opt_state.staleness  # of this gradient: read before the update
+        stale = stale_params(state.opt_state, state.params)
+        stats = chains.read(state.batch_stats, state.step, staleness)
+        key = jax.random.fold_in(state.key, state.step)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        gradients, (stats, loss, error) = gradient(stale, stats, batch, key)
+        if axis_name is not None:
+            gradients, loss, error = jax.lax.pmean((gradients, loss, error), axis_name)
         metrics = StepMetrics(loss, error, optax.global_norm(gradients), staleness)
-        return apply_gradient(tx, state, gradients, batch_stats), metrics
+        kept = chains.write(state.batch_stats, state.step, stats)
+        return apply_gradient(tx, state, gradients, kept), metrics
 
     return train_step
 
 
-def gap(state: TrainState) -> tuple[jax.Array, jax.Array, Any]:
+def gap(state: TrainState) -> tuple[jax.Array, jax.Array, jax.Array]:
     r"""Returns $|x_t|$, $|x_t - x_{stale}|$ and the latter over the former, Euclidean norms."""
     stale = stale_params(state.opt_state, state.params)
     norm = optax.global_norm(state.params)

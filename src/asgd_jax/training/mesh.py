@@ -1,0 +1,137 @@
+"""Devices: how the state and the batches of a run lie on them.
+
+Under `jit` (the default) one program spans all devices: the batch is split over the mesh's only
+axis, parameters are replicated, and XLA adds the gradient's all-reduce. The history may be split
+too. Under `pmap` every device runs the step on its own share and averages gradients by `pmean`;
+BatchNorm then sees one device's share at a time.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from asgd_jax.transforms import DelayedState
+
+AXIS = "batch"
+
+PyTree = Any
+
+
+def make_mesh(num_devices: int | None = None) -> Mesh:
+    """Returns a mesh of one axis, "batch", over the first `num_devices` devices (all by default).
+
+    Raises:
+      ValueError: when there are fewer devices.
+
+    >>> make_mesh(1).shape
+    OrderedDict({'batch': 1})
+    """
+    devices = jax.devices()
+    count = len(devices) if num_devices is None else num_devices
+    if not 1 <= count <= len(devices):
+        raise ValueError(
+            f"num_devices={count}: {len(devices)} devices are visible, ask for 1 to {len(devices)}"
+        )
+    return Mesh(np.array(devices[:count]), (AXIS,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a `Batch`: each worker's samples are split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(None, AXIS))
+
+
+def sample_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of arrays whose first axis is samples."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def replica_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of arrays whose first axis is devices, as `pmap` wants them."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def state_sharding(state: PyTree, mesh: Mesh, *, shard_history: bool = False) -> PyTree:
+    """Returns the sharding of every leaf of a train state (or of any pytree that holds one).
+
+    Args:
+      state: a pytree of arrays or of `jax.ShapeDtypeStruct`s.
+      mesh: see `make_mesh`.
+      shard_history: split the rings of `delayed` (and of nothing else) over the mesh: each device
+        holds 1/D of every slot of a leaf, along the leaf's longest axis that D divides; leaves
+        without such an axis stay whole. A read gathers one parameter set; a write moves nothing.
+    """
+
+    def shard(node: Any) -> Any:
+        if shard_history and isinstance(node, DelayedState):
+            whole = jax.tree.map(lambda _: replicated(mesh), node)
+            return whole._replace(
+                history=jax.tree.map(lambda ring: _ring_sharding(ring, mesh), node.history)
+            )
+        return jax.tree.map(lambda _: replicated(mesh), node)
+
+    return jax.tree.map(shard, state, is_leaf=lambda node: isinstance(node, DelayedState))
+
+
+def _ring_sharding(ring: Any, mesh: Mesh) -> NamedSharding:
+    divisible = [
+        (size, axis) for axis, size in enumerate(ring.shape) if axis and size % mesh.size == 0
+    ]
+    if not divisible:
+        return replicated(mesh)
+    spec: list[str | None] = [None] * ring.ndim
+    spec[max(divisible)[1]] = AXIS
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def check_divisible(worker_batch_size: int, num_devices: int) -> None:
+    """Refuses a worker batch that the devices cannot share equally.
+
+    Raises:
+      ValueError: naming both numbers.
+
+    >>> check_divisible(64, 8)
+    """
+    if worker_batch_size % num_devices:
+        fits = max(d for d in range(1, num_devices + 1) if worker_batch_size % d == 0)
+        raise ValueError(
+            f"worker_batch_size={worker_batch_size} cannot be split over {num_devices} devices: "
+            f"use a multiple of {num_devices}, or num_devices={fits}"
+        )
+
+
+def initialize_processes(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Joins the processes of a run that spans several hosts; call it before anything else of JAX.
+
+    On TPU pods and under Slurm all three are found out by JAX and may be None.
+
+    Raises:
+      ValueError: when the processes cannot be joined.
+    """
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"multihost: {reason} (coordinator={coordinator!r}): on a cluster that JAX does not "
+            "know, set coordinator=HOST:PORT, num_processes and process_id"
+        ) from error
+
+
+def put_replicas(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Returns `tree` with a leading axis of one copy a device, as `pmap` wants it."""
+
+    def put(leaf: Any) -> jax.Array:
+        leaf = np.asarray(leaf)
+        copies = np.broadcast_to(leaf, (mesh.size, *leaf.shape))
+        return jax.device_put(copies, replica_sharding(mesh))
+
+    return jax.tree.map(put, tree)

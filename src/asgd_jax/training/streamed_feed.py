@@ -1,0 +1,189 @@
+"""The feed of a data set that is read from disk while training: ImageNet."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from asgd_jax import data
+from asgd_jax.training import mesh as devices
+from asgd_jax.training.chunk import NOT_DIVERGED, ChunkTotals, add_step, zero_totals
+from asgd_jax.training.evaluate import Evaluate, make_sum_batch
+from asgd_jax.training.feed import Advance, Feed, plan_of
+from asgd_jax.training.state import PyTree, TrainState
+from asgd_jax.training.step import Batch, TrainStep
+
+DATASETS = ("imagenet2012",)
+
+
+class _Stream(NamedTuple):
+    """An open stream of batches, and the number of the step that it yields next."""
+
+    batches: Iterator[tuple[np.ndarray, np.ndarray]]
+    next_step: int
+
+
+def open_streamed(config: ConfigDict) -> Feed:
+    """Returns the feed of a streamed data set: one compiled step, batches prefetched by tf.data.
+
+    Images travel to the device as uint8 and are normalised there; random-resized crop and flip
+    happen while decoding, so `config.augment` has no say. Every process reads its own images.
+
+    Raises:
+      ValueError: for batches that do not fit the data set or the processes.
+      DatasetNotFoundError: when the folder does not hold the data set.
+    """
+    sizes = data.stream_sizes(config.data_dir, name=config.dataset)
+    plan = plan_of(config, sizes.num_train)
+    normalize = data.imagenet_normalizer()
+
+    def stream(start_step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return data.train_batches(
+            config.data_dir,
+            batch_size=plan.update_batch_size,
+            seed=config.seed,
+            start_step=start_step,
+            **_common(config),
+        )
+
+    def make_advance(
+        train_step: TrainStep, max_delay: int, mesh: Mesh, state_sharding: PyTree
+    ) -> Advance:
+        step = _make_step(train_step, config, mesh, state_sharding)
+        put = _make_put(config, plan, mesh)
+        return _make_advance(stream, step, put, plan.steps_per_epoch, max_delay)
+
+    def inputs(num_batches: int) -> Iterator[jax.Array]:
+        batches = stream(0)
+        for _ in range(num_batches):
+            yield normalize(next(batches)[0])
+
+    return Feed(
+        plan=plan,
+        num_classes=sizes.num_classes,
+        image_shape=(config.image_size, config.image_size, 3),
+        preprocess=lambda key, images: normalize(images),
+        make_advance=make_advance,
+        make_evaluate=lambda model, mesh: _make_evaluate(config, model, normalize, mesh),
+        inputs=inputs,
+    )
+
+
+def _common(config: ConfigDict) -> dict[str, Any]:
+    return {
+        "image_size": config.image_size,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+        "name": config.dataset,
+    }
+
+
+Step = Callable[[TrainState, ChunkTotals, Batch], tuple[TrainState, ChunkTotals]]
+
+
+def _make_step(
+    train_step: TrainStep, config: ConfigDict, mesh: Mesh, state_sharding: PyTree
+) -> Step:
+    def step(state: TrainState, totals: ChunkTotals, batch: Batch) -> Any:
+        new_state, metrics = train_step(state, batch)
+        return new_state, add_step(totals, metrics, state.step, config.divergence_loss)
+
+    if config.parallelism == "pmap":
+        return jax.pmap(
+            step,
+            axis_name=devices.AXIS,
+            donate_argnums=(0, 1),
+            devices=list(mesh.devices.flat),
+        )
+    whole = devices.replicated(mesh)
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=(state_sharding, whole))
+
+
+def _make_put(
+    config: ConfigDict, plan: data.BatchPlan, mesh: Mesh
+) -> Callable[[tuple[np.ndarray, np.ndarray]], Batch]:
+    """Host arrays of this process to a global `Batch` on the devices."""
+    workers, size = plan.workers_per_update, plan.worker_batch_size
+
+    def put(batch: tuple[np.ndarray, np.ndarray]) -> Batch:
+        def place(array: np.ndarray) -> jax.Array:
+            array = array.reshape(workers, -1, *array.shape[1:])
+            if config.parallelism == "pmap":
+                shares = np.stack(np.split(array, mesh.size, axis=1))
+                return jax.device_put(shares, devices.replica_sharding(mesh))
+            shape = (workers, size, *array.shape[2:])
+            sharding = devices.batch_sharding(mesh)
+            return jax.make_array_from_process_local_data(sharding, array, shape)
+
+        return Batch(place(batch[0]), place(batch[1]))
+
+    return put
+
+
+def _make_advance(
+    open_stream: Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]],
+    step: Step,
+    put: Callable[[tuple[np.ndarray, np.ndarray]], Batch],
+    steps_per_epoch: int,
+    max_delay: int,
+) -> Advance:
+    stream = _Stream(iter(()), -1)
+
+    def advance(
+        state: TrainState, epoch: int, start: int, stop: int
+    ) -> tuple[TrainState, ChunkTotals]:
+        nonlocal stream
+        first = epoch * steps_per_epoch + start
+        if stream.next_step != first:
+            stream = _Stream(open_stream(first), first)
+        totals = zero_totals(max_delay)
+        if state.step.ndim:  # pmap: an axis of devices
+            totals = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], state.step.size, 0), totals)
+        for number in range(first, first + stop - start):
+            batch = put(next(stream.batches))  # on its way while the device still computes
+            # One step behind, so that the check waits for nothing that is not needed anyway.
+            if int(np.ravel(_local(totals.diverged_at))[0]) != NOT_DIVERGED:
+                break
+            state, totals = step(state, totals, batch)
+            stream = stream._replace(next_step=number + 1)
+        if state.step.ndim:
+            totals = jax.tree.map(lambda leaf: leaf[0], totals)
+        return state, totals
+
+    return advance
+
+
+def _local(array: jax.Array) -> np.ndarray:
+    return np.asarray(array.addressable_data(0))
+
+
+def _make_evaluate(
+    config: ConfigDict,
+    model: nn.Module,
+    normalize: Callable[[jax.Array], jax.Array],
+    mesh: Mesh,
+) -> Evaluate:
+    split = devices.sample_sharding(mesh)
+    sum_batch = jax.jit(make_sum_batch(model, normalize), out_shardings=devices.replicated(mesh))
+    unit = mesh.size * jax.process_count()
+    batch_size = -(-config.eval_batch_size // unit) * unit
+
+    def evaluate(params: PyTree, batch_stats: PyTree) -> tuple[jax.Array, jax.Array]:
+        loss, wrong, count = jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        batches = data.validation_batches(config.data_dir, batch_size=batch_size, **_common(config))
+        for images, labels, mask in batches:
+            labels = np.where(mask > 0, labels, -1).astype(np.int32)
+            whole = [
+                jax.make_array_from_process_local_data(split, array) for array in (images, labels)
+            ]
+            batch_loss, batch_wrong = sum_batch(params, batch_stats, *whole)
+            loss, wrong = loss + batch_loss, wrong + batch_wrong
+            count += jnp.sum(whole[1] >= 0)
+        return loss / count, wrong / count
+
+    return evaluate
