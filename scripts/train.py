@@ -12,11 +12,15 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that the run is written 
 def main(argv: list[str]) -> None:
     """Runs the configuration; a mistake of the user's is one line and exit code 2."""
     from asgd_jax.training import train
+    from asgd_jax.training.mesh import initialize_processes
 
     del argv
     logging.set_verbosity(logging.WARNING)  # TFDS reports every file that it opens
+    config = _CONFIG.value
     try:
-        summary = train(_CONFIG.value, _WORKDIR.value)
+        if config.multihost:
+            initialize_processes(config.coordinator, config.num_processes, config.process_id)
+        summary = train(config, _WORKDIR.value)
     except (ValueError, OSError) as error:
         sys.exit(_complain(error))
     final = summary["final"]

@@ -67,6 +67,6 @@ def init_state(
     return jax.jit(init, out_shardings=shardings)(np.asarray(key))
 
 
-def num_params(state: TrainState) -> int:
-    """Returns the number of scalars in the parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+def num_params(params: PyTree) -> int:
+    """Returns the number of scalars in a pytree of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

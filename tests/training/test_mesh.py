@@ -1,0 +1,147 @@
+"""Eight fake devices against one: the same trajectory, and 1/8 of the history on each."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from asgd_jax.training import set_up, train
+from asgd_jax.training.metrics import read_rows
+from asgd_jax.training.setup import server_state
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tiny_config):
+    tiny_config.update(delay=3, log_every_steps=5)
+    return tiny_config
+
+
+def losses(config, folder):
+    train(config, folder, progress=False)
+    return [
+        [row[name] for name in ("train_loss", "validation_loss", "gap", "gradient_norm")]
+        for row in read_rows(folder)
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_devices": 8},
+        {"num_devices": 8, "shard_history": True},
+        {"num_devices": 8, "parallelism": "pmap"},
+        {"num_devices": 8, "shard_history": True, "momentum": 0.9, "momentum_kind": "shifted"},
+    ],
+    ids=["jit", "sharded", "pmap", "sharded_momentum"],
+)
+def test_eight_devices_follow_one(config, changes, tmp_path):
+    changes = dict(changes)
+    config.update({key: changes.pop(key) for key in list(changes) if "momentum" in key})
+    alone = losses(config, tmp_path / "one")
+    config.update(changes)
+    np.testing.assert_allclose(losses(config, tmp_path / "eight"), alone, rtol=2e-4, atol=1e-5)
+
+
+def bytes_on_first_device(tree):
+    first = jax.devices()[0]
+    return sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+        if shard.device == first
+    )
+
+
+def test_a_sharded_history_takes_an_eighth_on_each_device(config):
+    config.num_devices = 8
+    config.model_options.hidden = (64,)  # axes that eight divides, but for the last layer's bias
+    whole = bytes_on_first_device(set_up(config).state.opt_state.history)
+    config.shard_history = True
+    setup = set_up(config)
+    assert bytes_on_first_device(setup.state.opt_state.history) <= whole / 8 * 1.05
+    advance = setup.feed.make_advance(
+        setup.train_step, 3, setup.mesh, jax.tree.map(lambda leaf: leaf.sharding, setup.state)
+    )
+    after, _ = advance(setup.state, 0, 0, 3)
+    assert bytes_on_first_device(after.opt_state.history) <= whole / 8 * 1.05
+    stale = after.opt_state.stale
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(stale))
+
+
+def test_pmap_has_batch_statistics_of_its_own_on_every_device(config):
+    config.update(
+        model="mnist_cnn_bn", width=0.1, num_devices=2, parallelism="pmap", delay=0, num_workers=1
+    )
+    config.model_options = ConfigDict()
+    setup = set_up(config)
+    advance = setup.feed.make_advance(setup.train_step, 0, setup.mesh, None)
+    state, totals = advance(setup.state, 0, 0, 2)
+    assert int(totals.steps) == 2
+    for leaf in jax.tree.leaves(state.params):
+        np.testing.assert_array_equal(leaf[0], leaf[1])
+    leaves = jax.tree.leaves(state.batch_stats)
+    assert any(not np.array_equal(leaf[0], leaf[1]) for leaf in leaves)
+    merged = jax.tree.leaves(server_state(config, state).batch_stats)
+    np.testing.assert_allclose(merged[0], leaves[0].mean(axis=0), rtol=1e-6)
+
+
+def test_batches_that_devices_cannot_share_are_refused(config):
+    config.update(num_devices=8, worker_batch_size=12)
+    with pytest.raises(ValueError, match=r"worker_batch_size=12 cannot be split over 8 devices.*6"):
+        set_up(config)
+    config.num_devices = 99
+    with pytest.raises(ValueError, match=r"num_devices=99: 8 devices are visible"):
+        set_up(config)
+
+
+def run_processes(count, workdir, *arguments):
+    """Runs scripts/train.py as `count` real processes that talk over this machine's loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={2 // count}",
+    }
+    joined = ["--config.multihost=true", f"--config.num_processes={count}",
+              f"--config.coordinator=127.0.0.1:{port}"]  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "scripts/train.py", f"--workdir={workdir}", *arguments]
+            + ([*joined, f"--config.process_id={index}"] if count > 1 else []),
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(count)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, "\n".join(outputs)
+    return json.loads((workdir / "summary.json").read_text())
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+def test_two_processes_train_mnist_as_one_does(tfds_data_dir, tmp_path):
+    arguments = [
+        "--config=configs/mnist_cnn.py:asgd", "--config.width=0.2", "--config.num_train=2048",
+        "--config.num_validation=500", "--config.epochs=1",
+    ]  # fmt: skip
+    one = run_processes(1, tmp_path / "one", *arguments)
+    two = run_processes(2, tmp_path / "two", *arguments)
+    assert two["steps"] == one["steps"] == 32
+    for name in ("train_loss", "validation_loss", "parameter_norm", "gap"):
+        assert two["final"][name] == pytest.approx(one["final"][name], rel=1e-4)
+    assert len(read_rows(tmp_path / "two")) == 1
