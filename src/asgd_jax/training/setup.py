@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from asgd_jax import models
+from asgd_jax.data import BatchPlan
 from asgd_jax.delays import DelayProcess
 from asgd_jax.training import mesh as devices
 from asgd_jax.training import optimizer, streamed_feed
@@ -17,7 +18,7 @@ from asgd_jax.training.batch_stats import BatchStatsChains, make_chains, recalib
 from asgd_jax.training.config import validate_config
 from asgd_jax.training.feed import Feed, open_in_memory
 from asgd_jax.training.state import PyTree, TrainState, init_state
-from asgd_jax.training.step import TrainStep, make_train_step
+from asgd_jax.training.step import Preprocess, TrainStep, make_train_step
 
 
 class Setup(NamedTuple):
@@ -36,6 +37,35 @@ class Setup(NamedTuple):
     state: TrainState
 
 
+class Program(NamedTuple):
+    """What a configuration computes, without data, devices or a state."""
+
+    process: DelayProcess
+    model: nn.Module
+    tx: optax.GradientTransformationExtraArgs
+    chains: BatchStatsChains
+    train_step: TrainStep
+
+
+def build_program(
+    config: ConfigDict, plan: BatchPlan, num_classes: int, preprocess: Preprocess
+) -> Program:
+    """Returns delay, model, optimizer and train step of a configuration."""
+    model = _make_model(config, num_classes)
+    process = optimizer.make_delay_process(config, plan.steps_per_epoch * config.epochs)
+    tx = optimizer.make_optimizer(config, process, plan.steps_per_epoch)
+    chains = make_chains(config.batch_stats, process.max_delay)
+    train_step = make_train_step(
+        model,
+        tx,
+        preprocess,
+        config.label_smoothing,
+        chains=chains,
+        axis_name=devices.AXIS if config.parallelism == "pmap" else None,
+    )
+    return Program(process, model, tx, chains, train_step)
+
+
 def set_up(config: ConfigDict) -> Setup:
     """Checks the configuration, opens the data and builds model, optimizer, step and first state.
 
@@ -49,31 +79,29 @@ def set_up(config: ConfigDict) -> Setup:
     devices.check_divisible(config.worker_batch_size, mesh.size)
     streamed = config.dataset in streamed_feed.DATASETS
     feed = streamed_feed.open_streamed(config) if streamed else open_in_memory(config)
-    model = _make_model(config, feed.num_classes)
-    process = optimizer.make_delay_process(config, feed.plan.steps_per_epoch * config.epochs)
-    tx = optimizer.make_optimizer(config, process, feed.plan.steps_per_epoch)
-    chains = make_chains(config.batch_stats, process.max_delay)
-    train_step = make_train_step(
-        model,
-        tx,
-        feed.preprocess,
-        config.label_smoothing,
-        chains=chains,
-        axis_name=devices.AXIS if config.parallelism == "pmap" else None,
-    )
+    program = build_program(config, feed.plan, feed.num_classes, feed.preprocess)
     state = init_state(
-        model,
-        tx,
+        program.model,
+        program.tx,
         feed.image_shape,
         config.seed,
-        keep_stats=chains.init,
+        keep_stats=program.chains.init,
         sharding_of=lambda shapes: devices.state_sharding(
             shapes, mesh, shard_history=config.shard_history
         ),
     )
     if config.parallelism == "pmap":
         state = devices.put_replicas(state, mesh)
-    return Setup(feed, process, model, tx, chains, mesh, train_step, state)
+    return Setup(
+        feed=feed,
+        process=program.process,
+        model=program.model,
+        tx=program.tx,
+        chains=program.chains,
+        mesh=mesh,
+        train_step=program.train_step,
+        state=state,
+    )
 
 
 def server_state(config: ConfigDict, state: TrainState) -> TrainState:

@@ -50,6 +50,20 @@ def init_state(
       sharding_of: from the shapes of the state to its shardings; JAX's default device by default.
     """
 
+    init = make_init(model, tx, image_shape, keep_stats)
+    key = jax.random.PRNGKey(seed)
+    shardings = None if sharding_of is None else sharding_of(jax.eval_shape(init, key))
+    return jax.jit(init, out_shardings=shardings)(np.asarray(key))
+
+
+def make_init(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+    keep_stats: Callable[[PyTree], PyTree],
+) -> Callable[[jax.Array], TrainState]:
+    """Returns `init(key)`, the pure function that `init_state` runs; see there."""
+
     def init(key: jax.Array) -> TrainState:
         images = jnp.zeros((1, *image_shape), jnp.float32)
         variables = model.init(key, images, train=False)
@@ -62,9 +76,7 @@ def init_state(
             key=key,
         )
 
-    key = jax.random.PRNGKey(seed)
-    shardings = None if sharding_of is None else sharding_of(jax.eval_shape(init, key))
-    return jax.jit(init, out_shardings=shardings)(np.asarray(key))
+    return init
 
 
 def num_params(params: PyTree) -> int:

@@ -1,0 +1,128 @@
+"""How much memory a run will take on each device, without data and without running it."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from asgd_jax.data import imagenet_normalizer, plan_batches
+from asgd_jax.training import mesh as devices
+from asgd_jax.training.config import validate_config
+from asgd_jax.training.setup import build_program
+from asgd_jax.training.state import PyTree, make_init
+from asgd_jax.training.step import Batch
+
+# Image shape, classes and training samples of the official data sets.
+_DATASETS = {
+    "digits": ((8, 8, 1), 10, 1437),
+    "mnist": ((28, 28, 1), 10, 60_000),
+    "cifar10": ((32, 32, 3), 10, 50_000),
+    "cifar100": ((32, 32, 3), 100, 50_000),
+    "imagenet2012": (None, 1000, 1_281_167),  # images of config.image_size
+}
+
+
+class MemoryPlan(NamedTuple):
+    """Bytes on each device.
+
+    Attributes:
+      parameters: the live parameters and BatchNorm's running statistics.
+      history: the ring of past parameters.
+      stale: the parameters of the next gradient.
+      optimizer: momentum and whatever else the inner optimizer keeps.
+      batch: the images and labels of one update, as they arrive.
+      activations: temporary memory of the compiled step: activations, gradients, workspace. As
+        XLA plans it for the backend that made this plan; other backends differ.
+    """
+
+    parameters: int
+    history: int
+    stale: int
+    optimizer: int
+    batch: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+def plan_memory(config: ConfigDict) -> MemoryPlan:
+    """Returns the memory of a run: shapes from `jax.eval_shape`, the rest from the compiled step.
+
+    Nothing is allocated and no data is read, so a plan at paper scale fits a laptop. "auto"
+    convolutions are planned as XLA's own, which is what accelerators run.
+
+    Raises:
+      ValueError: for a bad configuration, or `parallelism="pmap"`, which has no mesh to plan for.
+    """
+    validate_config(config)
+    if config.parallelism == "pmap":
+        raise ValueError("--plan needs parallelism='jit': under pmap a device holds all but images")
+    if config.dataset not in _DATASETS:
+        known = ", ".join(_DATASETS)
+        raise ValueError(f"unknown data set {config.dataset!r}: use one of {known}")
+    config = config.copy_and_resolve_references()
+    config.conv_impl = "lax" if config.conv_impl == "auto" else config.conv_impl
+    mesh = devices.make_mesh(config.num_devices)
+    devices.check_divisible(config.worker_batch_size, mesh.size)
+    shape, num_classes, num_samples = _DATASETS[config.dataset]
+    image_shape = shape or (config.image_size, config.image_size, 3)
+    plan = plan_batches(
+        num_samples,
+        num_workers=config.num_workers,
+        worker_batch_size=config.worker_batch_size,
+        delay=config.delay,
+    )
+    normalize = imagenet_normalizer() if image_shape[-1] == 3 else _to_float
+    program = build_program(config, plan, num_classes, lambda key, images: normalize(images))
+    init = make_init(program.model, program.tx, image_shape, program.chains.init)
+    state = jax.eval_shape(init, jax.random.PRNGKey(0))
+    sharding = devices.state_sharding(state, mesh, shard_history=config.shard_history)
+    samples = (plan.workers_per_update, plan.worker_batch_size)
+    batch = jax.eval_shape(
+        lambda: Batch(jnp.zeros((*samples, *image_shape), jnp.uint8), jnp.zeros(samples, jnp.int32))
+    )
+    split = jax.tree.map(lambda _: devices.batch_sharding(mesh), batch)
+    step = jax.jit(
+        program.train_step,
+        donate_argnums=0,
+        in_shardings=(sharding, split),
+        out_shardings=(sharding, devices.replicated(mesh)),
+    )
+    analysis = step.lower(state, batch).compile().memory_analysis()
+    delayed, placed = state.opt_state, sharding.opt_state
+    return MemoryPlan(
+        parameters=_bytes(
+            (state.params, state.batch_stats), (sharding.params, sharding.batch_stats)
+        ),
+        history=_bytes(delayed.history, placed.history),
+        stale=_bytes(delayed.stale, placed.stale),
+        optimizer=_bytes(delayed.inner_state, placed.inner_state),
+        batch=_bytes(batch, split),
+        activations=0 if analysis is None else int(analysis.temp_size_in_bytes),
+    )
+
+
+def format_plan(config: ConfigDict, plan: MemoryPlan) -> str:
+    """Returns the plan as a table in MiB."""
+    rows = [f"memory a device, {config.model} on {config.dataset}, delay {config.delay} (MiB)"]
+    rows += [f"  {name:12}{size / 2**20:12,.1f}" for name, size in plan._asdict().items()]
+    rows += [f"  {'total':12}{plan.total / 2**20:12,.1f}"]
+    rows += [f"activations as compiled for {jax.default_backend()}; other backends differ"]
+    return "\n".join(rows)
+
+
+def _to_float(images: jax.Array) -> jax.Array:
+    return images.astype(jnp.float32) / 255
+
+
+def _bytes(shapes: PyTree, shardings: PyTree) -> int:
+    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in pairs
+    )
