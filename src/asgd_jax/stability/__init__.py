@@ -2,6 +2,7 @@
 
 from asgd_jax.stability.characteristic import characteristic_polynomial
 from asgd_jax.stability.growth import growth_time, spectral_radius
+from asgd_jax.stability.linearize import optimizer_max_learning_rate, optimizer_spectral_radius
 from asgd_jax.stability.lyapunov import (
     LyapunovExponent,
     LyapunovLearningRate,
@@ -21,6 +22,8 @@ __all__ = [
     "max_delay",
     "max_learning_rate",
     "max_sharpness",
+    "optimizer_max_learning_rate",
+    "optimizer_spectral_radius",
     "rescale_learning_rate",
     "spectral_radius",
 ]

@@ -97,11 +97,11 @@ def _make_step(
         return jax.pmap(
             step,
             axis_name=devices.AXIS,
-            donate_argnums=(0, 1),
+            donate_argnums=0,
             devices=list(mesh.devices.flat),
         )
     whole = devices.replicated(mesh)
-    return jax.jit(step, donate_argnums=(0, 1), out_shardings=(state_sharding, whole))
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, whole))
 
 
 def _make_put(

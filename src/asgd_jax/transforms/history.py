@@ -5,7 +5,8 @@ axis; callers count slots upward for ever. Nothing here knows what the values me
 
 Half-precision values are stored as their bits, in uint16: XLA:CPU has no half-precision arithmetic
 and turns a slot write into "convert the whole ring to float32, write, convert back", so that a step
-would cost as much as the history is long.
+would cost as much as the history is long. (Gradients with respect to the parameters do not pass
+through such a ring; they do through any other.)
 """
 
 from typing import Any
@@ -110,4 +111,7 @@ def _pack(leaf: jax.Array, dtype: DTypeLike | None) -> jax.Array:
 
 
 def _unpack(stored: jax.Array, like: jax.Array, dtype: DTypeLike | None) -> jax.Array:
-    return jax.lax.bitcast_convert_type(stored, _storage_dtype(like, dtype)).astype(like.dtype)
+    storage = _storage_dtype(like, dtype)
+    # Only where there are bits to turn back: JAX sends no gradient through this conversion.
+    value = stored if stored.dtype == storage else jax.lax.bitcast_convert_type(stored, storage)
+    return value.astype(like.dtype)

@@ -1,0 +1,261 @@
+r"""The largest stable learning rate of any optimizer that is linear near a minimum.
+
+One train step on the quadratic $a x^2 / 2$ maps the parameter and the optimizer's state linearly to
+the next. The state that counts updates (a ring of past parameters) makes the map depend on the
+update, with a period T, so the minimum is stable when the map of one period, a product of T
+Jacobians, has no eigenvalue outside the unit disc.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import optax
+import scipy.linalg
+from scipy.optimize import brentq
+from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import LinearOperator, eigs
+
+from asgd_jax.delays import as_integer
+from asgd_jax.stability.arguments import (
+    CRITERIA,
+    Criterion,
+    Delay,
+    as_delay,
+    choose,
+    positive,
+)
+from asgd_jax.stability.quadratic_step import MakeOptimizer, float64, quadratic_step
+from asgd_jax.stability.step_jacobian import Minimum, find_minimum, step_jacobian
+
+_MARGIN = 1e-11  # growth a step that rounding of the eigenvalues can produce
+_STEPS_PER_OCTAVE = 4
+_MOST_OCTAVES = 60  # to either side of 1 / sharpness
+_DENSE = 150  # largest map of second moments whose eigenvalues are all computed
+
+
+def optimizer_max_learning_rate(
+    make_optimizer: MakeOptimizer,
+    delay: Delay,
+    *,
+    sharpness: float = 1.0,
+    optimizer_state: optax.OptState | None = None,
+    at_update: int | None = None,
+    criterion: Criterion = "mean",
+) -> float:
+    r"""The largest learning rate at which an optimizer keeps a minimum stable under delay.
+
+    With z the parameter and all floating-point state, and $J_n$ the Jacobian of the implemented
+    train step on the quadratic $a x^2 / 2$,
+
+    $$\rho(\eta) = \rho(J_{n+T} \cdots J_{n+1})^{1/T}, \qquad
+      \eta_{max} = \sup \{\eta : \rho(\eta') \le 1 \text{ for all } \eta' \le \eta\},$$
+
+    where T is the period of the state (max_delay + 1 slots), and of all directions only those are
+    counted that x excites and that act back on x. With random staleness each $J_n$ is averaged over
+    it, which gives the growth of E[z]. The first crossing is bracketed on a grid of four rates an
+    octave and closed to about 1e-8 of it; a narrower window of instability would go unnoticed.
+
+    *Linear near a minimum* are SGD, every momentum, averaging, weight decay, clipping while it is
+    inactive (gradients of up to 1e-3 are tried), and their chains. Adam, RMSProp and sign methods
+    divide by the size of the gradient and are refused. What can be asked about them is how they
+    move while their preconditioner stands still: pass an `optimizer_state`. All its floating-point
+    values are held, so that every update ends in them, and the step is linearised there. For many
+    parameters, with D the preconditioner (for Adam diag(sqrt(nu) + eps)), the sharpness that counts
+    is the largest eigenvalue of $D^{-1/2} H D^{-1/2}$: pass that one, with a state of D = 1.
+
+    Args:
+      make_optimizer: `make_optimizer(learning_rate)` returns the *server's* optax optimizer, for
+        instance `functools.partial(optax.sgd, momentum=0.9)`. It is called with a traced float64
+        scalar where it allows that; otherwise everything is compiled anew for each of the about
+        twenty rates. The optimizer is wrapped in `delayed` here. One whose state shows that it
+        delays by itself (`delayed` with a constant delay, `delay_gradients`) is used as it is; it
+        needs delay=0.
+      delay: int >= 0; or a mass function of shape (max_delay + 1,), for staleness drawn afresh at
+        every update; or a DelayProcess with a pmf. A delay of 32 takes a second, 128 up to twenty.
+      sharpness: largest eigenvalue of the Hessian, > 0.
+      optimizer_state: a state of `make_optimizer(...)` for one scalar parameter; None for the state
+        that `init` and updates with zero gradients give. Its momenta must be zero; a learning
+        rate in it (`inject_hyperparams`) is replaced by the one that is tried.
+      at_update: update around which schedules and bias corrections are read, if they change by
+        less than 10 % in a period there; by default as many updates on as it takes them to settle
+        (65,536 at most). Never before the start-up ramp is over.
+      criterion: "mean": E[x] stays bounded; "mean_square": E[x^2] does, the one to act on when
+        delays are random (seconds at a max_delay of 16, a minute at 32).
+
+    Returns:
+      The learning rate, a float: what `make_optimizer` is to be called with.
+
+    Raises:
+      ValueError: naming the bad argument; for an optimizer that is not linear near a minimum, that
+        does not settle, needs more than (gradient, state, params), or has no threshold; for a
+        recorded trace, which has no distribution (see `lyapunov_max_learning_rate`).
+
+    >>> round(optimizer_max_learning_rate(optax.sgd, 4), 6)
+    0.347296
+
+    Adam, where the gradient of the parameter has been 0.01 in the root mean square:
+
+    >>> import jax.numpy as jnp
+    >>> state = optax.tree.set(optax.adam(1.0).init(jnp.zeros(())), nu=jnp.array(1e-4))
+    >>> round(optimizer_max_learning_rate(optax.adam, 0, sharpness=20.0, optimizer_state=state), 6)
+    0.019
+
+    References:
+      Giladi, Nacson, Hoffer, Soudry, "At Stability's Edge", ICLR 2020 (SGD and momentum);
+      Cohen et al., "Adaptive Gradient Methods at the Edge of Stability", arXiv:2207.14484
+      (frozen preconditioners).
+    """
+    sharpness = positive(sharpness, "sharpness")
+    with float64():
+        minimum = _minimum(
+            make_optimizer, delay, sharpness, optimizer_state, at_update, criterion, 0.7 / sharpness
+        )
+        return _first_crossing(functools.partial(_log_radius, minimum), 1.0 / sharpness)
+
+
+def optimizer_spectral_radius(
+    make_optimizer: MakeOptimizer,
+    delay: Delay,
+    *,
+    learning_rate: float,
+    sharpness: float = 1.0,
+    optimizer_state: optax.OptState | None = None,
+    at_update: int | None = None,
+    criterion: Criterion = "mean",
+) -> float:
+    r"""Factor by which an optimizer's distance to a minimum grows in one step, in the long run.
+
+    $\rho(\eta)$ of `optimizer_max_learning_rate`; for "mean_square" the growth of
+    $\sqrt{E[x^2]}$.
+
+    Args:
+      learning_rate: > 0.
+      make_optimizer, delay, sharpness, optimizer_state, at_update, criterion: as in
+        `optimizer_max_learning_rate`.
+
+    Returns:
+      The factor, >= 0; above 1 the minimum is unstable.
+
+    Raises:
+      ValueError: as `optimizer_max_learning_rate` does.
+
+    >>> nesterov = functools.partial(optax.sgd, momentum=0.9, nesterov=True)
+    >>> round(optimizer_spectral_radius(nesterov, 2, learning_rate=0.1, sharpness=0.1), 6)
+    0.954113
+    """
+    sharpness = positive(sharpness, "sharpness")
+    rate = positive(learning_rate, "learning_rate")
+    with float64():
+        minimum = _minimum(
+            make_optimizer, delay, sharpness, optimizer_state, at_update, criterion, rate
+        )
+        return math.exp(_log_radius(minimum, rate))
+
+
+def _minimum(
+    make_optimizer: MakeOptimizer,
+    delay: Delay,
+    sharpness: float,
+    optimizer_state: optax.OptState | None,
+    at_update: int | None,
+    criterion: str,
+    rate: float,
+) -> Minimum:
+    """Checks the arguments, and the optimizer at (or, if it explodes there, below) this rate."""
+    choose(criterion, CRITERIA, "criterion")
+    where = as_delay(delay)
+    if at_update is not None:
+        at_update = as_integer(at_update, "at_update")
+    step = quadratic_step(make_optimizer, where, sharpness, optimizer_state)
+    return find_minimum(
+        step_jacobian(step, where, average=criterion == "mean"),
+        rate,
+        sharpness=sharpness,
+        held=step.held,
+        at_update=at_update,
+    )
+
+
+def _log_radius(minimum: Minimum, rate: float) -> float:
+    """Logarithm of the growth in one step."""
+    steps, weights = minimum.jacobians(rate), minimum.step.weights
+    if not np.isfinite(steps).all():
+        return math.inf
+    # Averages that nobody reads, settings, slots about to be overwritten: what x does not excite,
+    # or what does not act back on x, is left out; its eigenvalues say nothing about x.
+    touches = (steps != 0.0).any(1).astype(np.float64)
+    reach = functools.reduce(lambda first, second: np.sign(second @ first), touches)
+    _, groups = connected_components(reach, connection="strong")
+    loop = np.flatnonzero(groups == groups[0])
+    if weights.size > 1:
+        radius = _second_moment_radius(steps, weights, loop) ** 0.5
+    else:
+        with np.errstate(all="ignore"):
+            period = functools.reduce(lambda first, second: second @ first, steps[:, 0])
+        if not np.isfinite(period).all():
+            return math.inf
+        radius = _largest(scipy.linalg.eigvals(period[np.ix_(loop, loop)]))
+    return math.log(radius) / len(steps) if radius > 0.0 else -math.inf
+
+
+def _largest(eigenvalues: np.ndarray) -> float:
+    return float(abs(eigenvalues).max())
+
+
+def _second_moment_radius(steps: np.ndarray, weights: np.ndarray, loop: np.ndarray) -> float:
+    r"""Spectral radius of $S \mapsto \sum_k p_k A_k S A_k^T$ over a period, on these entries."""
+    size, inside = steps.shape[-1], np.ix_(loop, loop)
+    # One change of units for all updates, or a large sharpness would cost accuracy.
+    units = scipy.linalg.matrix_balance(abs(steps).sum((0, 1)), permute=False, separate=True)[1][0]
+    steps = steps * units / units[:, None]
+
+    def apply(moments: np.ndarray) -> np.ndarray:
+        full = np.zeros((size, size))
+        full[inside] = moments.reshape(loop.size, loop.size)
+        for alternatives in steps:
+            full = np.tensordot(weights, alternatives @ full @ alternatives.swapaxes(1, 2), 1)
+        return full[inside].ravel()
+
+    identity = np.eye(loop.size).ravel()
+    if identity.size <= _DENSE:
+        return _largest(scipy.linalg.eigvals(np.array([apply(e) for e in np.eye(identity.size)])))
+    operator = LinearOperator((identity.size, identity.size), matvec=apply, dtype=np.float64)
+    return _largest(eigs(operator, k=4, ncv=40, v0=identity, return_eigenvectors=False))
+
+
+def _first_crossing(log_radius: Callable[[float], float], middle: float) -> float:
+    """The end of the interval of stable learning rates that starts at 0."""
+
+    @functools.cache
+    def excess(rate: float) -> float:
+        return min(max(log_radius(rate), -50.0), 50.0) - _MARGIN
+
+    top = middle
+    while excess(top) <= 0.0:
+        top *= 2.0
+        if top > 2.0**_MOST_OCTAVES * middle:
+            raise ValueError(
+                f"the optimizer is stable at every learning rate up to {top:.0e}: does "
+                "make_optimizer use its argument, and is its schedule not at zero (at_update=)?"
+            )
+    bottom = top
+    while not _proportional(excess(bottom), excess(bottom / 2.0)):
+        bottom /= 2.0
+        if bottom < 2.0**-_MOST_OCTAVES * middle:
+            raise ValueError(
+                f"the optimizer is unstable at every learning rate down to {bottom:.0e}: "
+                "does it descend, and does make_optimizer use its argument?"
+            )
+    width = math.log(2.0) / _STEPS_PER_OCTAVE
+    log_rate = math.log(bottom) + width
+    while excess(math.exp(log_rate)) <= 0.0:
+        log_rate += width
+    ends = log_rate - width, log_rate
+    return math.exp(brentq(lambda log_rate: excess(math.exp(log_rate)), *ends, xtol=1e-10))
+
+
+def _proportional(decay: float, half: float) -> bool:
+    """Whether x decays at a rate proportional to the learning rate, as it does near 0."""
+    return decay < 0.0 and half < 0.0 and abs(decay / half - 2.0) < 0.1
