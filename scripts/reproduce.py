@@ -26,7 +26,7 @@ def main() -> int:
         for number in figure_numbers(options.figure):
             summary = reproduce(number, options.preset, options.out)
             print(describe(summary, options.out), flush=True)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     return 0
 

@@ -14,7 +14,9 @@ def mnist_config(arm):
     spec = importlib.util.spec_from_file_location("mnist_cnn", ROOT / "configs" / "mnist_cnn.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(arm)
+    config = module.get_config(arm)
+    config.num_devices = 1  # the tests' eight fake devices share two cores
+    return config
 
 
 @pytest.mark.realdata

@@ -42,6 +42,7 @@ def demo_config(**changes: Any) -> ConfigDict:
     config.worker_batch_size = 8
     config.learning_rate = LEARNING_RATE
     config.epochs = EPOCHS
+    config.num_devices = 1  # more would only get in each other's way
     config.update(changes)
     return config
 

@@ -1,0 +1,155 @@
+"""The driver: files, equal bytes, nothing half-written, one-line errors."""
+
+import csv
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asgd_jax.experiments import reproduce as driver
+from asgd_jax.experiments.figures import fig06
+
+ROOT = Path(__file__).parents[2]
+
+
+def read_table(file):
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+@pytest.mark.parametrize("number", sorted(driver.FIGURES))
+def test_every_figure_keeps_the_scheme(number):
+    module = importlib.import_module(driver.FIGURES[number])
+    assert isinstance(module.CAPTION, str)
+    assert set(module.PRESETS) <= set(driver.PRESETS)
+    assert {"cpu", "paper"} <= set(module.PRESETS)
+    assert all(callable(getattr(module, name)) for name in ("run", "plot", "claims"))
+
+
+def test_a_figure_writes_three_files_and_the_same_table_again(tmp_path):
+    summary = driver.reproduce(6, "smoke", tmp_path)
+    folder = tmp_path / "fig06"
+    assert sorted(os.listdir(folder)) == ["fig06.png", "records.csv", "summary.json"]
+    assert os.listdir(tmp_path) == ["fig06"]
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert set(summary) == {
+        *("figure", "caption", "preset", "config", "claims", "wall_time_s"),
+        *("versions", "device", "commit"),
+    }
+    assert summary["config"] == {"max_delay": 64, "stride": 8}
+    assert all(
+        set(claim) == {"claim", "expected", "measured", "holds"} for claim in summary["claims"]
+    )
+    assert [int(row["delay"]) for row in read_table(folder / "records.csv")] == [*range(0, 65, 8)]
+    before = [(folder / name).read_bytes() for name in ("records.csv", "fig06.png")]
+    driver.reproduce(6, "smoke", tmp_path)
+    assert before == [(folder / name).read_bytes() for name in ("records.csv", "fig06.png")]
+
+
+@pytest.mark.parametrize("broken", ["run", "claims", "plot"])
+def test_a_failure_leaves_the_last_results_alone(tmp_path, monkeypatch, broken):
+    def fail(_):
+        raise ValueError("broken")
+
+    driver.reproduce(6, "smoke", tmp_path)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "fig06").iterdir()}
+    monkeypatch.setattr(fig06, broken, fail)
+    with pytest.raises(ValueError, match="broken"):
+        driver.reproduce(6, "smoke", tmp_path)
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "fig06").iterdir()}
+    with pytest.raises(ValueError, match="broken"):
+        driver.reproduce(6, "smoke", tmp_path / "new")
+    assert os.listdir(tmp_path / "new") == []
+
+
+def test_unknown_figures_and_presets_write_nothing(tmp_path):
+    with pytest.raises(ValueError, match="unknown figure '99': use one of 4, 6"):
+        driver.reproduce(99, "smoke", tmp_path / "a")
+    with pytest.raises(ValueError, match="unknown preset 'tiny' of figure 6: use one of smoke"):
+        driver.reproduce(6, "tiny", tmp_path / "a")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_missing_matplotlib_is_told_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(driver.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        driver.reproduce(6, "smoke", tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", ["", "six", "-6", "6.0", "٦", "6,7", "ALL"])
+def test_bad_figure_texts(text):
+    with pytest.raises(ValueError, match="unknown figure"):
+        driver.figure_numbers(text)
+
+
+def test_describe_says_which_claims_fail():
+    claim = {"claim": "c", "expected": "at most 1", "measured": 2.0, "holds": False}
+    summary = {"figure": 6, "caption": "k", "preset": "smoke", "wall_time_s": 1.0}
+    text = driver.describe({**summary, "claims": [claim]}, Path("out"))
+    assert "FAILS  c: 2, expected at most 1" in text
+    assert "0 of 1 claims hold" in text
+    assert "out/fig06" in text
+
+
+@pytest.mark.parametrize("number", [4, 6, 7, 8, 10])
+def test_committed_tables_are_what_the_code_gives(number, tmp_path):
+    committed = ROOT / "results" / f"fig{number:02d}"
+    summary = driver.reproduce(number, "paper", tmp_path)
+    fresh = tmp_path / committed.name
+    assert all(claim["holds"] for claim in summary["claims"])
+    assert (
+        json.loads((committed / "summary.json").read_text())["config"]
+        == json.loads((fresh / "summary.json").read_text())["config"]
+    )
+    pairs = zip(
+        read_table(committed / "records.csv"), read_table(fresh / "records.csv"), strict=True
+    )
+    for old, new in pairs:
+        assert list(old) == list(new)
+        for name, cell in old.items():
+            try:
+                value = float(cell)
+            except ValueError:
+                assert cell == new[name]
+            else:
+                assert float(new[name]) == pytest.approx(value, rel=1e-8)
+
+
+def run_script(*arguments, cwd):
+    script = str(ROOT / "scripts" / "reproduce.py")
+    return subprocess.run(
+        [sys.executable, script, *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_script_reproduces(tmp_path):
+    done = run_script("--figure=all", "--preset=smoke", "--out=r", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("claims hold") == len(driver.FIGURES)
+    assert len(os.listdir(tmp_path / "r")) == len(driver.FIGURES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--figure=99"], "unknown figure '99'"),
+        (["--figure=6", "--preset=huge"], "unknown preset 'huge' of figure 6"),
+        (["--figure=6", "--preset=smoke", "--out=file"], "file"),
+        ([], "--figure"),
+        (["--figure=6", "--colour"], "--colour"),
+    ],
+)
+def test_the_script_complains_in_one_line(tmp_path, arguments, message):
+    (tmp_path / "file").write_text("")
+    done = run_script(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("reproduce.py: ")
+    assert message in done.stderr
+    assert os.listdir(tmp_path) == ["file"]
