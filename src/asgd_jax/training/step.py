@@ -140,7 +140,7 @@ def make_train_step(
         gradients, (stats, loss, error) = gradient(stale, stats, batch, key)
         if axis_name is not None:
             gradients, loss, error = jax.lax.pmean((gradients, loss, error), axis_name)
-        metrics = StepMetrics(loss, error, optax.global_norm(gradients), staleness)
+        metrics = StepMetrics(loss, error, optax.tree.norm(gradients), staleness)
         kept = chains.write(state.batch_stats, state.step, stats)
         return apply_gradient(tx, state, gradients, kept), metrics
 
@@ -150,6 +150,6 @@ def make_train_step(
 def gap(state: TrainState) -> tuple[jax.Array, jax.Array, jax.Array]:
     r"""Returns $|x_t|$, $|x_t - x_{stale}|$ and the latter over the former, Euclidean norms."""
     stale = stale_params(state.opt_state, state.params)
-    norm = optax.global_norm(state.params)
-    distance = optax.global_norm(jax.tree.map(jnp.subtract, state.params, stale))
+    norm = optax.tree.norm(state.params)
+    distance = optax.tree.norm(jax.tree.map(jnp.subtract, state.params, stale))
     return norm, distance, distance / norm
