@@ -1,10 +1,10 @@
-# make demo | test | lint | figures | bench. Each sets up .venv first; PYTHON picks the interpreter.
+# make demo | test | lint | figures. Each sets up .venv first; PYTHON picks the interpreter.
 PYTHON ?= python3
 PY := .venv/bin/python
 # The data sets of a checkout's neighbour, unless the user names a folder.
 export TFDS_DATA_DIR ?= $(firstword $(wildcard ../shared/tfds) $(HOME)/tensorflow_datasets)
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint figures format clean
 .venv/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --requirement requirements.txt
@@ -22,6 +22,9 @@ lint: .venv/.installed
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports
+
+figures: .venv/.installed
+	$(PY) scripts/reproduce.py --figure=all --preset=cpu --out=results
 
 format: .venv/.installed
 	$(PY) -m ruff check --fix .

@@ -9,8 +9,15 @@ os.environ["XLA_FLAGS"] = (
 
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
+
+# No assertion on time: a loaded machine is no failure.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("suite")
 
 STRICT_FOLDERS = ("transforms", "delays", "stability")
 

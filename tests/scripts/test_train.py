@@ -80,6 +80,19 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plan_is_printed_without_a_run(tmp_path):
+    done = run_train(BASE, "--config.delay=32", "--plan")
+    assert done.returncode == 0, done.stderr
+    assert "memory a device, digits_cnn on digits, delay 32 (MiB)" in done.stdout
+    assert "history" in done.stdout
+
+
+def test_an_address_is_no_workdir():
+    done = run_train(BASE, "--workdir=gs://bucket/run")
+    assert done.returncode == 2
+    assert "workdir='gs://bucket/run' must be a folder: mount the bucket" in done.stderr
+
+
 def test_missing_arguments_are_named():
     done = run_train(BASE)
     assert done.returncode == 2

@@ -112,13 +112,14 @@ def test_chunks_of_any_length_share_one_program_and_copy_no_large_ring(tiny_conf
     assert int(state.step) == 16
 
 
-def test_a_folder_with_a_run_is_not_overwritten(tiny_config, tmp_path):
+def test_a_folder_with_another_run_is_not_overwritten(tiny_config, tmp_path):
     tiny_config.epochs = 1
     train(tiny_config, tmp_path, progress=False)
-    before = (tmp_path / "metrics.csv").read_bytes()
-    with pytest.raises(ValueError, match=r"holds a run already: name another, or delete it"):
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    tiny_config.learning_rate = 0.3
+    with pytest.raises(ValueError, match=r"has learning_rate=0.2 and this configuration .*0.3"):
         train(tiny_config, tmp_path, progress=False)
-    assert (tmp_path / "metrics.csv").read_bytes() == before
+    assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
 
 
 def test_gap_is_zero_without_delay_and_not_with(tiny_config, tmp_path):

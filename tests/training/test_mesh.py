@@ -77,6 +77,15 @@ def test_a_sharded_history_takes_an_eighth_on_each_device(config):
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(stale))
 
 
+def test_shifted_momentum_is_sharded_with_the_history(config):
+    config.update(num_devices=8, momentum=0.9, momentum_kind="shifted")
+    config.model_options.hidden = (64,)
+    whole = bytes_on_first_device(set_up(config).state.opt_state.inner_state)
+    config.shard_history = True
+    state = set_up(config).state
+    assert bytes_on_first_device(state.opt_state.inner_state) <= whole / 8 * 1.05
+
+
 def test_pmap_has_batch_statistics_of_its_own_on_every_device(config):
     config.update(
         model="mnist_cnn_bn", width=0.1, num_devices=2, parallelism="pmap", delay=0, num_workers=1

@@ -80,6 +80,10 @@ def default_config() -> ConfigDict:
     config.eval_every_epochs = 1
     config.eval_batch_size = 500
     config.divergence_loss = 1e3  # a train loss above it (or not finite) ends the run
+    # Checkpoints, written where a row is: at the first one when due, and at the end.
+    config.checkpoint_every_epochs = 1  # 0: only at the end
+    config.checkpoint_every_steps = placeholder(int)  # besides; None: only by epochs
+    config.keep_checkpoints = 3  # the last ones; the one of least validation error stays too
     return config
 
 
@@ -121,11 +125,14 @@ def validate_config(config: ConfigDict) -> None:
     _number(config, "delay_std", above=0)
     for field in ("warmup_epochs", "warmup_from", "weight_decay", "decay_factor"):
         _number(config, field, at_least=0)
+    _number(config, "keep_checkpoints", above=0)
+    _number(config, "checkpoint_every_epochs", at_least=0)
     _number(config, "momentum", at_least=0, below=1)
     _number(config, "label_smoothing", at_least=0, below=1)
     for field in ("image_size", "recalibration_batches"):
         _number(config, field, above=0)
-    for field in ("clip_norm", "log_every_steps", "num_train", "num_validation"):
+    optional = ("clip_norm", "log_every_steps", "num_train", "num_validation")
+    for field in (*optional, "checkpoint_every_steps"):
         if config[field] is not None:
             _number(config, field, above=0)
     if config.delay_distribution == "trace" and not config.delay_trace:

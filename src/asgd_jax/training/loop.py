@@ -1,10 +1,11 @@
-"""A run from its configuration to its summary: train in chunks, evaluate, report."""
+"""A run from its configuration to its summary: train in chunks, evaluate, save, report."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,18 +13,31 @@ from ml_collections import ConfigDict
 
 from asgd_jax import stability
 from asgd_jax.delays import DelayProcess
-from asgd_jax.training import metrics, optimizer, report
-from asgd_jax.training.chunk import NOT_DIVERGED, ChunkTotals, merge_totals
+from asgd_jax.training import metrics, optimizer, preemption, report, rerun
+from asgd_jax.training.checkpoint import Checkpoints, open_checkpoints
+from asgd_jax.training.chunk import NOT_DIVERGED, ChunkTotals
+from asgd_jax.training.config import validate_config
+from asgd_jax.training.progress import (
+    Progress,
+    add_chunk,
+    diverged_at,
+    no_progress,
+    progress_from_json,
+    progress_to_json,
+)
 from asgd_jax.training.setup import Setup, make_validation, server_state, set_up
-from asgd_jax.training.state import num_params
+from asgd_jax.training.state import TrainState, num_params
 from asgd_jax.training.step import gap
 
 
 def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> dict[str, Any]:
-    """Runs a configuration and returns its summary.
+    """Runs a configuration and returns its summary; a run that was interrupted goes on.
 
-    `workdir` receives config.json, metrics.csv, TensorBoard events and, at the end, summary.json.
-    A run that diverges ends there: its summary says `"status": "diverged"` and at which step.
+    `workdir` receives config.json, metrics.csv, TensorBoard events, checkpoints and, at the end,
+    summary.json. A run that diverges ends there: its summary says `"status": "diverged"` and at
+    which step. Called again with the same folder, it resumes from the last checkpoint, on the CPU
+    bit by bit as if it had never stopped; `epochs` may have grown. A run that has made its epochs,
+    or has diverged, is not repeated.
 
     Args:
       config: see `default_config`.
@@ -31,96 +45,148 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
       progress: show a progress bar on a terminal.
 
     Raises:
-      ValueError: for a bad configuration, or a folder that holds a run already.
+      ValueError: for a bad configuration, or a folder that holds another run or a damaged one.
       DatasetNotFoundError: when the data is neither prepared nor downloadable.
       OSError: when the folder cannot be written to.
+      Preempted: after SIGTERM or SIGINT, once the state is saved.
     """
     started = time.perf_counter()
-    setup = set_up(config)
     workdir = Path(workdir)
-    if (workdir / "metrics.csv").exists():
-        raise ValueError(
-            f"workdir={str(workdir)!r} holds a run already: name another, or delete it"
-        )
-    workdir.mkdir(parents=True, exist_ok=True)
-    report.write_json(workdir / "config.json", config.to_dict())
-    writer = metrics.open_writer(workdir)
-    try:
-        outcome = _run(config, setup, writer, progress)
-    finally:
-        writer.close()
-    summary = _summarize(config, setup, outcome)
-    summary["wall_time_s"] = round(time.perf_counter() - started, 3)
-    report.write_json(workdir / "summary.json", summary)
+    validate_config(config)
+    summary = rerun.finished_summary(workdir, config)
+    if summary is not None:
+        return summary
+    setup = set_up(config)
+    fingerprint = rerun.fingerprint(config) | rerun.data_fingerprint(config, setup.feed.plan)
+    with contextlib.ExitStack() as stack:
+        stop_requested = stack.enter_context(preemption.catch_signals())
+        checkpoints = open_checkpoints(workdir, fingerprint, keep=config.keep_checkpoints)
+        stack.callback(checkpoints.close)
+        first, reached = _resume(config, setup, checkpoints)
+        writer = _open_folder(config, workdir, reached)
+        stack.callback(writer.close)
+        started -= reached.wall_seconds
+        bar = stack.enter_context(_progress_bar(config, setup, reached.step, progress))
+        for state, totals, row, seconds in _chunks(config, setup, first, reached.step):
+            writer.write(row, np.asarray(totals.staleness))
+            reached = add_chunk(reached, totals, row, seconds, time.perf_counter() - started)
+            bar.update(int(totals.steps))
+            last = reached.step == setup.feed.plan.steps_per_epoch * config.epochs
+            stopping = stop_requested() and not last
+            due = last or stopping or _is_checkpoint_due(config, setup, reached.step, totals)
+            if due and diverged_at(reached) is None:
+                reached = reached._replace(metrics_bytes=writer.num_bytes())
+                error = row.get("validation_error")
+                checkpoints.save(reached.step, state, progress_to_json(reached), error)
+            if stopping and diverged_at(reached) is None:
+                raise preemption.Preempted(reached.step)
+    summary = _summarize(config, setup, reached)
+    if jax.process_index() == 0:
+        report.write_json(workdir / "summary.json", summary)
     return summary
 
 
-class _Outcome(NamedTuple):
-    """What a run leaves behind: its rows, the totals of all updates and the time they took."""
+def _resume(
+    config: ConfigDict, setup: Setup, checkpoints: Checkpoints
+) -> tuple[TrainState, Progress]:
+    restored = checkpoints.restore(setup.state)
+    if restored is None:
+        return setup.state, no_progress(setup.process.max_delay)
+    state, content = restored
+    reached = progress_from_json(content, setup.process.max_delay)
+    epochs = reached.step / setup.feed.plan.steps_per_epoch
+    if epochs > config.epochs:
+        raise ValueError(
+            f"epochs={config.epochs} is less than the {epochs:g} that this run has made already: "
+            "ask for more, or name another workdir"
+        )
+    return state, reached
 
-    rows: list[metrics.Row]
-    totals: ChunkTotals
-    train_seconds: float
+
+def _open_folder(config: ConfigDict, workdir: Path, reached: Progress) -> metrics.Writer:
+    """Makes the run's folder ready to go on from `reached`; only the first process writes files."""
+    if jax.process_index() != 0:
+        return metrics.silent_writer()
+    workdir.mkdir(parents=True, exist_ok=True)
+    metrics.check_table(workdir, reached.step, reached.metrics_bytes)
+    report.write_json(workdir / "config.json", config.to_dict())  # first: it says whose table it is
+    writer = metrics.open_writer(workdir, step=reached.step, num_bytes=reached.metrics_bytes)
+    (workdir / "summary.json").unlink(missing_ok=True)  # of a run of fewer epochs
+    return writer
 
 
-def _run(config: ConfigDict, setup: Setup, writer: metrics.Writer, progress: bool) -> _Outcome:
+def _progress_bar(config: ConfigDict, setup: Setup, step: int, progress: bool) -> Any:
     from tqdm import tqdm
 
-    plan, state = setup.feed.plan, setup.state
+    total = setup.feed.plan.steps_per_epoch * config.epochs
+    show = progress and sys.stderr.isatty()
+    return tqdm(total=total, initial=step, unit="step", disable=not show)
+
+
+def _chunks(
+    config: ConfigDict, setup: Setup, state: TrainState, step: int
+) -> Iterator[tuple[TrainState, ChunkTotals, metrics.Row, float]]:
+    """Yields state, totals, row and seconds after every chunk; the next one donates that state.
+
+    A chunk ends where a row is due. The run ends with its epochs, or where it diverges.
+    """
+    steps_per_epoch = setup.feed.plan.steps_per_epoch
     advance = setup.feed.make_advance(
         setup.train_step,
         setup.process.max_delay,
         setup.mesh,
-        jax.tree.map(lambda leaf: leaf.sharding, state),
+        jax.tree.map(lambda leaf: leaf.sharding, setup.state),
     )
     validate = make_validation(config, setup)
     measure_gap = jax.jit(lambda state: gap(server_state(config, state)))
     learning_rate = _learning_rate_of(config, setup)
-
-    rows: list[metrics.Row] = []
-    overall: ChunkTotals | None = None
-    train_seconds = 0.0
-    show = progress and sys.stderr.isatty()
-    with tqdm(total=plan.steps_per_epoch * config.epochs, unit="step", disable=not show) as bar:
-        for epoch, start, stop in _chunks(config, plan.steps_per_epoch):
-            before = time.perf_counter()
-            state, totals = advance(state, epoch, start, stop)
-            totals = jax.device_get(totals)
-            seconds = time.perf_counter() - before
-            train_seconds += seconds
-            step = int(totals.steps) + epoch * plan.steps_per_epoch + start
-            norm, distance, relative = (float(value) for value in measure_gap(state))
-            row: metrics.Row = {
-                "step": step,
-                "epoch": round(step / plan.steps_per_epoch, 6),
-                "learning_rate": learning_rate(step),
-                "parameter_norm": norm,
-                "gap": distance,
-                "relative_gap": relative,
-                "steps_per_second": int(totals.steps) / seconds,
-                **metrics.summarize(totals),
-            }
-            diverged = totals.diverged_at != NOT_DIVERGED
-            if _is_evaluated(config, plan.steps_per_epoch, epoch, stop) or diverged:
-                loss, error = validate(state)
-                row |= {"validation_loss": float(loss), "validation_error": float(error)}
-                bar.set_postfix(validation_error=f"{float(error):.2%}")
-            writer.write(row, totals.staleness)
-            rows.append(row)
-            overall = totals if overall is None else merge_totals(overall, totals)
-            bar.update(int(totals.steps))
-            if diverged:
-                break
-    assert overall is not None
-    return _Outcome(rows, overall, train_seconds)
+    for epoch, start, stop in chunk_bounds(config, steps_per_epoch, step):
+        before = time.perf_counter()
+        state, totals = advance(state, epoch, start, stop)
+        totals = jax.device_get(totals)
+        seconds = time.perf_counter() - before
+        step = epoch * steps_per_epoch + start + int(totals.steps)
+        norm, distance, relative = (float(value) for value in measure_gap(state))
+        row: metrics.Row = {
+            "step": step,
+            "epoch": round(step / steps_per_epoch, 6),
+            "learning_rate": learning_rate(step),
+            "parameter_norm": norm,
+            "gap": distance,
+            "relative_gap": relative,
+            "steps_per_second": int(totals.steps) / seconds,
+            **metrics.summarize(totals),
+        }
+        diverged = totals.diverged_at != NOT_DIVERGED
+        if _is_evaluated(config, steps_per_epoch, epoch, stop) or diverged:
+            loss, error = validate(state)
+            row |= {"validation_loss": float(loss), "validation_error": float(error)}
+        yield state, totals, row, seconds
+        if diverged:
+            return
 
 
-def _chunks(config: ConfigDict, steps_per_epoch: int) -> Iterator[tuple[int, int, int]]:
-    """Yields (epoch, start, stop): chunks end where a row is due, and never cross an epoch."""
+def chunk_bounds(
+    config: ConfigDict, steps_per_epoch: int, step: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yields (epoch, start, stop) from `step` on; chunks end at rows and never cross an epoch."""
     length = min(config.log_every_steps or steps_per_epoch, steps_per_epoch)
-    for epoch in range(config.epochs):
+    for epoch in range(step // steps_per_epoch, config.epochs):
         for start in range(0, steps_per_epoch, length):
-            yield epoch, start, min(start + length, steps_per_epoch)
+            first = max(start, step - epoch * steps_per_epoch)
+            stop = min(start + length, steps_per_epoch)
+            if first < stop:
+                yield epoch, first, stop
+
+
+def _is_checkpoint_due(config: ConfigDict, setup: Setup, step: int, totals: ChunkTotals) -> bool:
+    """Whether the chunk that ended at `step` completed so many epochs, or passed so many steps."""
+    before = step - int(totals.steps)
+    periods = (
+        config.checkpoint_every_epochs * setup.feed.plan.steps_per_epoch,
+        config.checkpoint_every_steps,
+    )
+    return any(period and step // period > before // period for period in periods)
 
 
 def _is_evaluated(config: ConfigDict, steps_per_epoch: int, epoch: int, stop: int) -> bool:
@@ -135,27 +201,26 @@ def _learning_rate_of(config: ConfigDict, setup: Setup) -> Callable[[int], float
     return lambda step: peak * float(multiplier(np.int32(max(step - 1, 0))))
 
 
-def _summarize(config: ConfigDict, setup: Setup, outcome: _Outcome) -> dict[str, Any]:
-    diverged_at = int(outcome.totals.diverged_at)
-    errors = [row.get("validation_error") for row in outcome.rows]
-    mean, largest = metrics.staleness_summary(np.asarray(outcome.totals.staleness))
+def _summarize(config: ConfigDict, setup: Setup, reached: Progress) -> dict[str, Any]:
+    mean, largest = metrics.staleness_summary(np.asarray(reached.totals.staleness))
     return {
-        "status": "completed" if diverged_at == NOT_DIVERGED else "diverged",
-        "diverged_at_step": None if diverged_at == NOT_DIVERGED else diverged_at,
-        "steps": int(outcome.totals.steps),
+        "status": "completed" if diverged_at(reached) is None else "diverged",
+        "diverged_at_step": diverged_at(reached),
+        "steps": reached.step,
         "learning_rate": optimizer.effective_learning_rate(config),
         "sharpest_stable_minimum": _sharpest_stable_minimum(config, setup.process),
-        "final": outcome.rows[-1],
-        "best_validation_error": min(error for error in errors if error is not None),
+        "final": reached.last_row,
+        "best_validation_error": reached.best_error,
         "staleness": {
             "mean": mean,
             "max": largest,
-            "histogram": np.asarray(outcome.totals.staleness),
+            "histogram": np.asarray(reached.totals.staleness),
         },
         "batches": setup.feed.plan._asdict(),
         "num_params": num_params(setup.state.params)
         // (setup.mesh.size if config.parallelism == "pmap" else 1),
-        "steps_per_second": int(outcome.totals.steps) / outcome.train_seconds,
+        "steps_per_second": reached.step / reached.train_seconds,
+        "wall_time_s": round(reached.wall_seconds, 3),
         "config": config.to_dict(),
         **report.environment(),
     }

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from asgd_jax.transforms import DelayedState
+from asgd_jax.transforms import DelayedState, ShiftedTraceState
 
 AXIS = "batch"
 
@@ -63,20 +63,29 @@ def state_sharding(state: PyTree, mesh: Mesh, *, shard_history: bool = False) ->
     Args:
       state: a pytree of arrays or of `jax.ShapeDtypeStruct`s.
       mesh: see `make_mesh`.
-      shard_history: split the rings of `delayed` (and of nothing else) over the mesh: each device
+      shard_history: split the rings of `delayed` and of shifted momentum over the mesh: each device
         holds 1/D of every slot of a leaf, along the leaf's longest axis that D divides; leaves
         without such an axis stay whole. A read gathers one parameter set; a write moves nothing.
     """
 
-    def shard(node: Any) -> Any:
-        if shard_history and isinstance(node, DelayedState):
-            whole = jax.tree.map(lambda _: replicated(mesh), node)
-            return whole._replace(
-                history=jax.tree.map(lambda ring: _ring_sharding(ring, mesh), node.history)
-            )
-        return jax.tree.map(lambda _: replicated(mesh), node)
+    def ring_or_whole(ring: Any) -> NamedSharding:
+        return _ring_sharding(ring, mesh) if shard_history else replicated(mesh)
 
-    return jax.tree.map(shard, state, is_leaf=lambda node: isinstance(node, DelayedState))
+    def shard(node: Any) -> Any:
+        whole = jax.tree.map(lambda _: replicated(mesh), node)
+        if isinstance(node, DelayedState):
+            history = jax.tree.map(ring_or_whole, node.history)
+            return whole._replace(history=history, inner_state=spread(node.inner_state))
+        if isinstance(node, ShiftedTraceState):
+            return whole._replace(trace=jax.tree.map(ring_or_whole, node.trace))
+        return whole
+
+    def spread(tree: Any) -> Any:
+        return jax.tree.map(
+            shard, tree, is_leaf=lambda node: isinstance(node, (DelayedState, ShiftedTraceState))
+        )
+
+    return spread(state)
 
 
 def _ring_sharding(ring: Any, mesh: Mesh) -> NamedSharding:

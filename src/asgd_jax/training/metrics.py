@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from asgd_jax.training.chunk import ChunkTotals
+from asgd_jax.training.events import open_events
 
 COLUMNS = (
     "step",  # updates made
@@ -31,9 +33,13 @@ Row = dict[str, float | int | None]
 
 
 class Writer(NamedTuple):
-    """Where rows go: `write(row, staleness_histogram)` and, at the end, `close()`."""
+    """Where rows go: `write(row, staleness_histogram)` and, at the end, `close()`.
+
+    `num_bytes()` is the length of metrics.csv, every row written so far safe on the disk.
+    """
 
     write: Callable[[Row, np.ndarray], None]
+    num_bytes: Callable[[], int]
     close: Callable[[], None]
 
 
@@ -61,37 +67,69 @@ def summarize(totals: ChunkTotals) -> Row:
     }
 
 
-def open_writer(workdir: Path) -> Writer:
+def check_table(workdir: Path, step: int, num_bytes: int) -> None:
+    """Refuses a metrics.csv that is shorter than it was when the checkpoint of `step` was written.
+
+    Raises:
+      ValueError: naming both lengths.
+    """
+    path = workdir / "metrics.csv"
+    present = path.stat().st_size if path.exists() else 0
+    if present < num_bytes:
+        raise ValueError(
+            f"{path} has {present} bytes and its checkpoint at step {step} was written after "
+            f"{num_bytes}: restore the file, or name another workdir"
+        )
+
+
+def open_writer(workdir: Path, *, step: int = 0, num_bytes: int = 0) -> Writer:
     """Opens `metrics.csv` and a TensorBoard event file in `workdir`; rows are flushed one by one.
+
+    A resumed run goes on where its checkpoint was written: later rows are cut off the table, and
+    TensorBoard is told to forget them.
+
+    Args:
+      workdir: folder of the run.
+      step: updates made so far.
+      num_bytes: how much of an existing metrics.csv to keep; see `Writer.num_bytes`.
 
     Raises:
       OSError: when the folder cannot be written to.
     """
-    from tensorboardX import SummaryWriter
-
     # The writer lives as long as the run, and `close` ends it.
     file = (workdir / "metrics.csv").open("a", newline="")
+    file.truncate(num_bytes)
     table = csv.DictWriter(file, COLUMNS, restval="")
-    if file.tell() == 0:
+    if num_bytes == 0:
         table.writeheader()
         file.flush()
-    board = SummaryWriter(str(workdir))
+    write_event, close_events = open_events(workdir, step)
 
     def write(row: Row, histogram: np.ndarray) -> None:
         table.writerow({name: _text(row.get(name)) for name in COLUMNS})
         file.flush()
-        step = int(row["step"] or 0)
-        for name, value in row.items():
-            if value is not None and name != "step" and math.isfinite(value):
-                board.add_scalar(name, value, step)
-        _add_histogram(board, "staleness", histogram, step)
-        board.flush()
+        scalars = {
+            name: value
+            for name, value in row.items()
+            if value is not None and name != "step" and math.isfinite(value)
+        }
+        write_event(int(row["step"] or 0), scalars, histogram)
+
+    def count() -> int:
+        file.flush()
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
 
     def close() -> None:
         file.close()
-        board.close()
+        close_events()
 
-    return Writer(write, close)
+    return Writer(write, count, close)
+
+
+def silent_writer() -> Writer:
+    """Returns a writer that writes nothing, for the processes of a run beside the first."""
+    return Writer(lambda row, histogram: None, lambda: 0, lambda: None)
 
 
 def read_rows(workdir: Path) -> list[dict[str, float]]:
@@ -115,19 +153,3 @@ def _text(value: float | int | None) -> str:
         return ""
     # Nine significant digits identify a float32.
     return str(value) if isinstance(value, int) else f"{value:.9g}"
-
-
-def _add_histogram(board: object, name: str, counts: np.ndarray, step: int) -> None:
-    counts = np.asarray(counts)
-    ages = np.arange(counts.size)
-    board.add_histogram_raw(  # type: ignore[attr-defined]
-        name,
-        min=0.0,
-        max=float(counts.size - 1),
-        num=int(counts.sum()),
-        sum=float(counts @ ages),
-        sum_squares=float(counts @ ages**2),
-        bucket_limits=[age + 0.5 for age in ages.tolist()],
-        bucket_counts=counts.tolist(),
-        global_step=step,
-    )

@@ -1,0 +1,285 @@
+"""Checkpoints of a run: saved asynchronously by Orbax, refused when they do not fit the run.
+
+`workdir/checkpoints/STEP/` holds the whole train state, history and momentum included, and a JSON
+of what else a resumed run must know. Orbax writes into `STEP.orbax-checkpoint-tmp` and renames it
+at the end, so a process that is killed leaves either a whole checkpoint or one that is skipped.
+"""
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from asgd_jax.training.state import PyTree
+
+FOLDER = "checkpoints"
+FORMAT = 1
+
+Fingerprint = Mapping[str, Any]
+Progress = dict[str, Any]
+
+
+class Checkpoints(NamedTuple):
+    """The checkpoints of a run. In a run of several processes all of them call, at the same steps.
+
+    Attributes:
+      save: `save(step, state, progress, error=None)`: starts to write a checkpoint and returns
+        while that goes on; `state` may be donated right away. `progress` is JSON. `error` ranks the
+        checkpoint: the one with the smallest is kept beside the last ones. Raises OSError when this
+        or the previous checkpoint cannot be written.
+      restore: `restore(template)`: (state, progress) of the last checkpoint, or None where there is
+        none. The state has the template's structure and shardings, and buffers that may be donated;
+        the template's own are freed first. Raises ValueError when the checkpoint is damaged, or of
+        other shapes than the template.
+      close: `close()`: waits until everything is written; raises as `save` does.
+    """
+
+    save: Callable[..., None]
+    restore: Callable[[PyTree], tuple[PyTree, Progress] | None]
+    close: Callable[[], None]
+
+
+def open_checkpoints(workdir: Path, fingerprint: Fingerprint, *, keep: int = 3) -> Checkpoints:
+    """Opens the checkpoints of the run in `workdir`.
+
+    Args:
+      workdir: folder of the run.
+      fingerprint: JSON of what must not change between a run and its resumption.
+      keep: how many of the last checkpoints stay; the best one stays too.
+
+    Raises:
+      ValueError: one line, when the last checkpoint is damaged, foreign or of another fingerprint.
+      OSError: when the folder cannot be written to.
+    """
+    folder = (workdir / FOLDER).absolute()
+    last = last_step(workdir)
+    found = None if last is None else _read_meta(folder / str(last))
+    if found is not None:
+        refuse_mismatch(found["fingerprint"], fingerprint, folder / str(last))
+    _refuse_damaged_errors(folder)
+    manager = _open_manager(folder, keep)
+
+    def save(step: int, state: PyTree, progress: Progress, error: float | None = None) -> None:
+        import orbax.checkpoint as ocp
+
+        meta = {
+            "format": FORMAT,
+            "fingerprint": dict(fingerprint),
+            "leaves": _describe(state),
+            "checksum": checksum(state),
+            "progress": progress,
+        }
+        meta["own_checksum"] = _text_checksum(meta)
+        with _clear_errors(folder):
+            manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                ),
+                metrics={"error": np.inf if error is None or np.isnan(error) else error},
+            )
+
+    def restore(template: PyTree) -> tuple[PyTree, Progress] | None:
+        if last is None or found is None:
+            return None
+        _refuse_other_leaves(found["leaves"], _describe(template), folder / str(last))
+        return _restore_state(manager, last, template, found), found["progress"]
+
+    def close() -> None:
+        with _clear_errors(folder):
+            manager.close()
+
+    return Checkpoints(save, restore, close)
+
+
+def refuse_mismatch(found: Fingerprint, wanted: Fingerprint, where: Path) -> None:
+    """Raises the error that names the first field in which two fingerprints differ.
+
+    >>> refuse_mismatch({"delay": 3}, {"delay": 7}, Path("runs/a"))
+    Traceback (most recent call last):
+    ...
+    ValueError: runs/a has delay=3 and this configuration delay=7: name another workdir, or set
+    delay=3
+    """
+    for field in {**wanted, **found}:
+        there, here = found.get(field), wanted.get(field)
+        if there != here:
+            raise ValueError(
+                f"{where} has {field}={there!r} and this configuration {field}={here!r}: "
+                f"name another workdir, or set {field}={there!r}"
+            )
+
+
+@jax.jit
+def _checksum(state: PyTree) -> jax.Array:
+    total = jnp.zeros((), jnp.uint32)
+    for leaf in jax.tree.leaves(state):
+        bits = _bits(leaf)
+        # An odd weight for every position: no single change, and hardly a swap, goes unnoticed.
+        weight = jnp.ones(bits.shape, jnp.uint32)
+        stride = 2
+        for axis in reversed(range(bits.ndim)):
+            index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+            weight += index * jnp.uint32(stride % 2**32)
+            stride *= bits.shape[axis]
+        total = total * jnp.uint32(1_000_003) + jnp.sum(bits * weight, dtype=jnp.uint32)
+    return total
+
+
+def _bits(leaf: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf.astype(jnp.uint32)
+    width = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+    return jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
+
+
+def checksum(state: PyTree) -> int:
+    """Returns 32 bits that depend on every bit of a state, computed where the state is.
+
+    A storage format can lose a piece and read zeros in its place; this cannot be fooled so.
+    """
+    return int(_checksum(state))
+
+
+def last_step(workdir: Path) -> int | None:
+    """Returns the step of the last checkpoint that was written to its end; None without any."""
+    folder = workdir / FOLDER
+    if not folder.is_dir():
+        return None
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+    return max((int(name) for name in names if name.isdecimal()), default=None)
+
+
+def _read_meta(checkpoint: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((checkpoint / "meta" / "metadata").read_text())
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{checkpoint} is no checkpoint of asgd_jax: name another workdir, or delete it"
+        ) from error
+    except ValueError as error:
+        raise _damaged(checkpoint, error) from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise ValueError(
+            f"{checkpoint} is no checkpoint of this version of asgd_jax: name another workdir, or "
+            "delete it"
+        )
+    if meta.pop("own_checksum", None) != _text_checksum(meta):
+        raise _damaged(checkpoint, "its metadata has changed")
+    return meta
+
+
+def _text_checksum(meta: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def _refuse_damaged_errors(folder: Path) -> None:
+    """Orbax reads the error of every checkpoint at once, and does not say which it cannot read."""
+    for file in folder.glob("*/metrics/metrics"):
+        try:
+            json.loads(file.read_text())
+        except ValueError as error:
+            raise _damaged(file.parents[1], error) from error
+
+
+def _damaged(checkpoint: Path, reason: Exception | str) -> ValueError:
+    return ValueError(
+        f"{checkpoint} is damaged ({_first_line(reason)[:120]}): "
+        "delete it to resume from the one before"
+    )
+
+
+def _describe(state: PyTree) -> dict[str, str]:
+    """Name to dtype and shape of every leaf."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in leaves
+    }
+
+
+def _refuse_other_leaves(
+    found: Mapping[str, str], wanted: Mapping[str, str], checkpoint: Path
+) -> None:
+    for name in {**wanted, **found}:
+        there, here = found.get(name, "nothing"), wanted.get(name, "nothing")
+        if there != here:
+            raise ValueError(
+                f"{checkpoint} holds {there} as {name} and this run needs {here}: "
+                "name another workdir"
+            )
+
+
+def _restore_state(manager: Any, step: int, template: PyTree, meta: Mapping[str, Any]) -> PyTree:
+    import orbax.checkpoint as ocp
+
+    checkpoint = Path(manager.directory) / str(step)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), template
+    )
+    for leaf in jax.tree.leaves(template):
+        leaf.delete()  # two states with their history may not fit
+    try:
+        found = manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+        )
+    except Exception as error:  # what a damaged file raises depends on where the damage is
+        raise _damaged(checkpoint, error) from error
+    # Restored arrays can share memory with Orbax's own, which a donating step would write into
+    # (jax issue 18617); copies cannot.
+    copy = jax.jit(
+        lambda tree: jax.tree.map(jnp.copy, tree),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes),
+    )
+    state = copy(found["state"])
+    if checksum(state) != meta["checksum"]:
+        raise _damaged(checkpoint, "its checksum is wrong")
+    return state
+
+
+def _open_manager(folder: Path, keep: int) -> Any:
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+    def error_of(metrics: Mapping[str, float]) -> float:
+        return metrics.get("error", np.inf)
+
+    best = policies.BestN(get_metric_fn=error_of, reverse=True, n=1)
+    options = ocp.CheckpointManagerOptions(
+        best_fn=error_of,
+        best_mode="min",
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+        cleanup_tmp_directories=True,
+    )
+    with _clear_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return ocp.CheckpointManager(folder, options=options)
+
+
+@contextmanager
+def _clear_errors(folder: Path) -> Iterator[None]:
+    """Whatever Orbax raises when it cannot write, as one line that says where and why."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"cannot write checkpoints to {folder}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The operating system's words for an error where it has any, else the error's first line."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore, far down a long text
+    return os.strerror(int(code[1])) if code else _first_line(error)
+
+
+def _first_line(error: Exception | str) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

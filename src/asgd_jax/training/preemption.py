@@ -1,0 +1,61 @@
+"""Being stopped: SIGTERM and SIGINT end a run at the next row, with a checkpoint."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import jax
+import numpy as np
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Preempted(Exception):
+    """A run was asked to stop, and has: its checkpoint is written, rerunning resumes it.
+
+    Attributes:
+      step: updates made, all of them saved.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped at step {step}, which is saved: run the same command to resume")
+        self.step = step
+
+
+@contextmanager
+def catch_signals() -> Iterator[Callable[[], bool]]:
+    """Within it SIGTERM and SIGINT kill nobody: they make the yielded `stop_requested()` true.
+
+    Python heeds a signal between two calls of compiled code, and a run asks at the end of a chunk:
+    `log_every_steps` bounds how long it goes on, and is to be chosen below the grace period of the
+    cluster. A second SIGINT, of somebody who won't wait, raises KeyboardInterrupt. Of several
+    processes all stop when any was asked to: all must call `stop_requested` at the same steps.
+    Outside the main thread, where Python delivers no signals, nothing is caught.
+    """
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+
+    def stop_requested() -> bool:
+        if jax.process_count() == 1:
+            return asked
+        from jax.experimental.multihost_utils import process_allgather
+
+        return bool(np.any(process_allgather(np.asarray(asked))))
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop_requested
+        return
+    previous = {number: signal.signal(number, ask) for number in SIGNALS}
+    try:
+        yield stop_requested
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
