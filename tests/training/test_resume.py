@@ -75,7 +75,7 @@ def saved_state(workdir):
 
 
 def assert_same_run(workdir, other):
-    """Bitwise: parameters, histories, momentum, keys, step; metrics.csv and summary, but for times."""
+    """Bitwise: parameters, rings, momentum, keys, step; metrics.csv and summary, but for times."""
     left, right = saved_state(workdir), saved_state(other)
     assert left.keys() == right.keys()
     assert any("history" in name for name in left)

@@ -115,8 +115,8 @@ def discretized_normal(mean: int, std: float = 1.0) -> DelayProcess:
     r"""Gaussian staleness rounded to integers: figs. 8 and 9 of the paper.
 
     $P(\tau = k) \propto P(k - 1/2 \le Z \le k + 1/2)$ for k = 1, ..., 2 mean, with Z normal of the
-    given mean and standard deviation. The caption's masses do not sum to 1 (0.625 at mean 1, 0.927 at mean 2);
-    here they are normalised.
+    given mean and standard deviation. The caption's masses do not sum to 1 (0.625 at mean 1, 0.927
+    at mean 2); here they are normalised.
 
     >>> float(discretized_normal(8).pmf.sum()), discretized_normal(8).max_delay
     (1.0, 16)
