@@ -6,6 +6,7 @@ everything saved, 130 stopped by SIGINT with the last checkpoint as it was. With
 the memory that the run will take on each device, and needs neither data nor workdir.
 """
 
+import inspect
 import sys
 from typing import Any
 
@@ -55,8 +56,11 @@ def _quiet() -> None:
     logging.set_verbosity(logging.FATAL)
 
     def report(unraisable: Any) -> None:
-        # When one array cannot be written, TensorStore's threads say so of every other one.
-        if str(unraisable.exc_value) != "Event loop is closed":
+        # When one array cannot be read or written, the coroutines of all others say so as well.
+        if not (
+            inspect.iscoroutine(unraisable.object)
+            or str(unraisable.exc_value) == "Event loop is closed"
+        ):
             sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = report

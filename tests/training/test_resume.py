@@ -32,7 +32,7 @@ RUN = [
     "--config.log_every_steps=2", "--config.checkpoint_every_steps=5",
     "--config.checkpoint_every_epochs=3",
 ]  # fmt: skip
-TIMES = ("steps_per_second", "wall_time_s")
+TIMES = ("steps_per_second", "wall_time_s", "commit")  # the source may move on in between
 
 
 def start(workdir, *arguments, launcher=()):

@@ -123,15 +123,25 @@ def _checksum(state: PyTree) -> jax.Array:
     total = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(state):
         bits = _bits(leaf)
-        # An odd weight for every position: no single change, and hardly a swap, goes unnoticed.
+        # Every position scrambles its bits in a way of its own, and one to one: no single change,
+        # and hardly a swap, goes unnoticed.
         weight = jnp.ones(bits.shape, jnp.uint32)
         stride = 2
         for axis in reversed(range(bits.ndim)):
             index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
             weight += index * jnp.uint32(stride % 2**32)
             stride *= bits.shape[axis]
-        total = total * jnp.uint32(1_000_003) + jnp.sum(bits * weight, dtype=jnp.uint32)
+        total = total * jnp.uint32(1_000_003) + jnp.sum(
+            _scramble(bits ^ (weight * jnp.uint32(0x9E3779B9))), dtype=jnp.uint32
+        )
     return total
+
+
+def _scramble(bits: jax.Array) -> jax.Array:
+    """The final mix of MurmurHash3, a bijection of 32-bit words."""
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
 
 
 def _bits(leaf: jax.Array) -> jax.Array:

@@ -25,8 +25,8 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     Raises:
       ValueError: when there are fewer devices.
 
-    >>> make_mesh(1).shape
-    OrderedDict({'batch': 1})
+    >>> dict(make_mesh(1).shape)
+    {'batch': 1}
     """
     devices = jax.devices()
     count = len(devices) if num_devices is None else num_devices
