@@ -47,13 +47,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, AXIS))
 
 
-def sample_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of arrays whose first axis is samples."""
-    return NamedSharding(mesh, PartitionSpec(AXIS))
-
-
-def replica_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of arrays whose first axis is devices, as `pmap` wants them."""
+def leading_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of arrays split along their first axis: samples, or pmap's devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
@@ -141,6 +136,6 @@ def put_replicas(tree: PyTree, mesh: Mesh) -> PyTree:
     def put(leaf: Any) -> jax.Array:
         leaf = np.asarray(leaf)
         copies = np.broadcast_to(leaf, (mesh.size, *leaf.shape))
-        return jax.device_put(copies, replica_sharding(mesh))
+        return jax.device_put(copies, leading_sharding(mesh))
 
     return jax.tree.map(put, tree)

@@ -115,7 +115,7 @@ def _make_put(
             array = array.reshape(workers, -1, *array.shape[1:])
             if config.parallelism == "pmap":
                 shares = np.stack(np.split(array, mesh.size, axis=1))
-                return jax.device_put(shares, devices.replica_sharding(mesh))
+                return jax.device_put(shares, devices.leading_sharding(mesh))
             shape = (workers, size, *array.shape[2:])
             sharding = devices.batch_sharding(mesh)
             return jax.make_array_from_process_local_data(sharding, array, shape)
@@ -168,7 +168,7 @@ def _make_evaluate(
     normalize: Callable[[jax.Array], jax.Array],
     mesh: Mesh,
 ) -> Evaluate:
-    split = devices.sample_sharding(mesh)
+    split = devices.leading_sharding(mesh)
     sum_batch = jax.jit(make_sum_batch(model, normalize), out_shardings=devices.replicated(mesh))
     unit = mesh.size * jax.process_count()
     batch_size = -(-config.eval_batch_size // unit) * unit
