@@ -85,6 +85,60 @@ def test_implementations_agree_in_parameters_gradients_and_hessian_vector_produc
     assert_close(patches[1], lax[1], ulps=512)
 
 
+@pytest.mark.parametrize("conv_impl", ["patches", "lax"])
+@pytest.mark.parametrize("case", [SHAPES[0], SHAPES[3], SHAPES[5], SHAPES[7]])
+def test_batch_last_is_the_same_layer_with_the_ends_exchanged(case, conv_impl):
+    conv, variables, x = setup(case, "lax")
+    turned = layers.Conv(*case[1:], conv_impl=conv_impl, batch_last=True)
+
+    def by_turned(v, x):
+        return jnp.swapaxes(turned.apply(v, jnp.swapaxes(x, 0, 3)), 0, 3)
+
+    def derivatives(apply):
+        """The output, the gradient, and a product with the Hessian."""
+        gradient = jax.grad(lambda v, x: jnp.sum(jnp.sin(apply(v, x))), argnums=(0, 1))
+        both = jax.jit(lambda v, x: (apply(v, x), jax.jvp(gradient, (v, x), (v, x))))
+        return both(variables, x)
+
+    assert_close(derivatives(by_turned), derivatives(conv.apply), ulps=512)
+    shapes = jax.eval_shape(turned.init, jax.random.key(0), jnp.swapaxes(x, 0, 3))
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, variables)
+
+
+def test_hessian_vector_products_of_batch_last_are_the_dense_hessians():
+    conv = layers.Conv(2, (2, 2), padding="VALID", conv_impl="patches", batch_last=True)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 4, 4, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(2, 2, 2, 2)), jnp.float32)
+
+    def loss(flat):
+        parameters = {"kernel": flat[:16].reshape(kernel.shape), "bias": flat[16:]}
+        y = conv.apply({"params": parameters}, x)
+        return jnp.sum(nn.relu(layers.max_pool(y)) ** 2) + jnp.sum(jnp.sin(y))
+
+    point = jnp.concatenate([kernel.ravel(), jnp.array([0.5, -0.5])])
+    vector = jnp.asarray(rng.normal(size=18), jnp.float32)
+    product = jax.jit(lambda p, v: jax.jvp(jax.grad(loss), (p,), (v,))[1])(point, vector)
+    np.testing.assert_allclose(product, jax.hessian(loss)(point) @ vector, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_last_in_bfloat16_and_mapped_over_images_and_kernels():
+    conv, variables, x = setup(SHAPES[1], "patches")
+    turned = conv.clone(batch_last=True)
+    images = jnp.stack([x, -2 * x, x + 1])
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf, -leaf]), variables)
+    for kernels, axis in ((variables, None), (stacked, 0)):
+        together = jax.vmap(turned.apply, (axis, 0))(kernels, jnp.swapaxes(images, 1, 4))
+        expected = jax.vmap(conv.apply, (axis, 0))(kernels, images)
+        assert_close(jnp.swapaxes(together, 1, 4), expected)
+    half = turned.clone(dtype=jnp.bfloat16).apply(variables, jnp.swapaxes(x, 0, 3))
+    exact = jnp.swapaxes(conv.apply(variables, x), 0, 3)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        half.astype(jnp.float32), exact, atol=0.02 * float(jnp.abs(exact).max())
+    )
+
+
 def test_parameters_are_those_of_flax():
     case = SHAPES[3]
     conv, _, x = setup(case, "patches")
@@ -190,6 +244,19 @@ def test_max_pool_is_that_of_flax(height, columns, window, stride, padding):
 def test_max_pool_shares_the_gradient_of_ties():
     gradient = jax.grad(lambda x: layers.max_pool(x).sum())(jnp.zeros((1, 4, 4, 1)))
     np.testing.assert_array_equal(gradient, np.full((1, 4, 4, 1), 0.25))
+
+
+@pytest.mark.parametrize(("window", "stride", "padding"), [(2, 2, 0), (3, 2, 1)])
+def test_relu_after_max_pool_is_relu_before_it(window, stride, padding):
+    # Few distinct values: ties between positive, negative and zero entries all occur.
+    x = jnp.asarray(np.random.default_rng(0).integers(-2, 3, (4, 8, 8, 5)), jnp.float32)
+
+    def value_and_gradient(network):
+        return jax.value_and_grad(lambda x: jnp.sum(jnp.sin(network(x))))(x)
+
+    before = value_and_gradient(lambda x: layers.max_pool(nn.relu(x), window, stride, padding))
+    after = value_and_gradient(lambda x: nn.relu(layers.max_pool(x, window, stride, padding)))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
 def test_max_pool_keeps_nan_and_dtype():

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from asgd_jax.models.layers import Conv, batch_norm, max_pool, scale_width
+from asgd_jax.models.layers import Conv, batch_norm, max_pool, resolve_conv_impl, scale_width
 
 
 class LeNet(nn.Module):
@@ -39,6 +39,9 @@ class LeNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps NHWC images to float32 logits (batch, num_classes); `train` changes nothing."""
+        # CHWN suits the patches, see `layers`.
+        batch_last = resolve_conv_impl(self.conv_impl) == "patches"
+        x = jnp.swapaxes(x, 0, 3) if batch_last else x
         for channels in self.channels:
             x = Conv(
                 scale_width(channels, self.width),
@@ -46,8 +49,11 @@ class LeNet(nn.Module):
                 padding=self.padding,
                 dtype=self.dtype,
                 conv_impl=self.conv_impl,
+                batch_last=batch_last,
             )(x)
-            x = max_pool(nn.relu(x))
+            # The same as ReLU first, in value and gradient, on a quarter of the entries.
+            x = nn.relu(max_pool(x))
+        x = jnp.swapaxes(x, 0, 3) if batch_last else x
         x = x.reshape(x.shape[0], -1)
         for units in self.hidden:
             x = nn.relu(nn.Dense(scale_width(units, self.width), dtype=self.dtype)(x))
@@ -85,8 +91,8 @@ class BatchNormCNN(nn.Module):
                 kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
                 conv_impl=self.conv_impl,
             )(x)
-            x = nn.relu(batch_norm(train, self.dtype)(x))
-            if index % 2:
-                x = max_pool(x)
+            x = batch_norm(train, self.dtype)(x)
+            # Pooling before ReLU: see LeNet.
+            x = nn.relu(max_pool(x) if index % 2 else x)
         x = x.mean(axis=(1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)

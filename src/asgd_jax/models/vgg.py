@@ -8,8 +8,17 @@ import jax.numpy as jnp
 
 from asgd_jax.models.layers import Conv, batch_norm, max_pool, scale_width
 
-_POOL = 0
-_VGG11 = (64, _POOL, 128, _POOL, 256, 256, _POOL, 512, 512, _POOL, 512, 512, _POOL)
+# Output channels, and whether 2x2 max pooling follows.
+_VGG11 = (
+    (64, True),
+    (128, True),
+    (256, False),
+    (256, True),
+    (512, False),
+    (512, True),
+    (512, False),
+    (512, True),
+)
 
 
 class VGG11(nn.Module):
@@ -38,10 +47,7 @@ class VGG11(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps NHWC images, at least 32 pixels a side, to float32 logits (batch, num_classes)."""
-        for channels in _VGG11:
-            if channels == _POOL:
-                x = max_pool(x)
-                continue
+        for channels, pooled in _VGG11:
             x = Conv(
                 scale_width(channels, self.width),
                 use_bias=not self.batch_norm,
@@ -49,7 +55,9 @@ class VGG11(nn.Module):
                 kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
                 conv_impl=self.conv_impl,
             )(x)
-            x = nn.relu(batch_norm(train, self.dtype)(x) if self.batch_norm else x)
+            x = batch_norm(train, self.dtype)(x) if self.batch_norm else x
+            # Pooling before ReLU: the same in value and gradient, on a quarter of the entries.
+            x = nn.relu(max_pool(x) if pooled else x)
         x = x.mean(axis=(1, 2))
         head = nn.Dense(
             self.num_classes, dtype=self.dtype, kernel_init=nn.initializers.normal(0.01)
