@@ -95,6 +95,18 @@ def test_environment_counts_at_the_time_of_the_call(
         data.stream_sizes()
 
 
+def test_a_folder_is_opened_once_and_a_missing_one_is_looked_for_again(
+    no_network, labelled_stream, tmp_path
+):
+    builder = prepared.prepared_builder("imagenet2012", labelled_stream)
+    assert prepared.prepared_builder("imagenet2012", str(labelled_stream)) is builder
+    link = tmp_path / "later"
+    with pytest.raises(data.DatasetNotFoundError):
+        prepared.prepared_builder("imagenet2012", link)
+    link.symlink_to(labelled_stream)
+    assert prepared.prepared_builder("imagenet2012", link) is not builder
+
+
 def test_tensorflow_sees_no_gpu():
     tf, _ = prepared.tensorflow_modules()
     assert tf.config.get_visible_devices("GPU") == []

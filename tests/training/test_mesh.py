@@ -13,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from asgd_jax.training import set_up, train
+from asgd_jax.training.mesh import make_mesh
 from asgd_jax.training.metrics import read_rows
 from asgd_jax.training.setup import server_state
 
@@ -112,7 +113,14 @@ def test_batches_that_devices_cannot_share_are_refused(config):
         set_up(config)
 
 
-def run_processes(count, workdir, *arguments):
+def test_processes_that_would_leave_devices_unused_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert make_mesh(8).size == make_mesh().size == 8
+    with pytest.raises(ValueError, match=r"num_devices=4: the 2 processes .* num_devices=8"):
+        make_mesh(4)
+
+
+def start_processes(count, workdir, *arguments):
     """Runs scripts/train.py as `count` real processes that talk over this machine's loopback."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -137,8 +145,23 @@ def run_processes(count, workdir, *arguments):
         for index in range(count)
     ]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(outputs)
+    return [process.returncode for process in processes], outputs
+
+
+def run_processes(count, workdir, *arguments):
+    codes, outputs = start_processes(count, workdir, *arguments)
+    assert codes == [0] * count, "\n".join(outputs)
     return json.loads((workdir / "summary.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_processes_on_one_device_are_told_so(tmp_path):
+    codes, outputs = start_processes(
+        2, tmp_path / "run", "--config=configs/digits.py", "--config.num_devices=1"
+    )
+    assert codes == [2, 2], outputs
+    assert all("train.py: num_devices=1: the 2 processes" in out for out in outputs), outputs
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.realdata

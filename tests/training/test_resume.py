@@ -28,8 +28,8 @@ RUN = [
     "--config=configs/digits.py", "--config.model=mlp", "--config.num_train=256",
     "--config.num_validation=100", "--config.num_workers=4", "--config.worker_batch_size=16",
     "--config.delay=3", "--config.delay_distribution=uniform", "--config.learning_rate=0.05",
-    "--config.momentum=0.9", "--config.momentum_kind=shifted", "--config.epochs=16",
-    "--config.log_every_steps=2", "--config.checkpoint_every_steps=5",
+    "--config.momentum=0.9", "--config.momentum_kind=shifted", "--config.epochs=12",
+    "--config.log_every_steps=2", "--config.checkpoint_every_steps=11",
     "--config.checkpoint_every_epochs=3",
 ]  # fmt: skip
 TIMES = ("steps_per_second", "wall_time_s", "commit")  # the source may move on in between
@@ -123,7 +123,7 @@ def unstopped(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("unstopped")
     code, out, err = finish(start(workdir))
     assert (code, err) == (0, [])
-    assert "completed after 256 steps" in out
+    assert "completed after 192 steps" in out
     return workdir
 
 
@@ -134,19 +134,19 @@ def test_a_run_stopped_in_every_way_ends_as_one_never_stopped(unstopped, tmp_pat
     assert not (tmp_path / "summary.json").exists()
     before = last_step(tmp_path)
     assert before is not None
-    for number, at_row in ((signal.SIGTERM, 45), (signal.SIGINT, 77)):
+    for number, at_row in ((signal.SIGTERM, 27), (signal.SIGINT, 43)):
         code, _, err = interrupt(start(tmp_path), tmp_path, number, at_row=at_row)
         step = last_step(tmp_path)
         assert code == preemption.EXIT_CODE == 75
         assert err == [
             f"train.py: stopped at step {step}, which is saved: run the same command to resume"
         ]
-        assert before < step < 256
+        assert before < step < 192
         assert read_rows(tmp_path)[-1]["step"] == step
         before = step
     code, out, err = finish(start(tmp_path))
     assert (code, err) == (0, [])
-    assert "completed after 256 steps" in out
+    assert "completed after 192 steps" in out
     assert_same_run(tmp_path, unstopped)
     rows = {int(row["step"]): row["train_loss"] for row in read_rows(tmp_path)}
     assert shown_events(tmp_path) == pytest.approx(rows, rel=1e-6)
@@ -222,8 +222,8 @@ def test_a_finished_run_in_a_read_only_folder_can_be_read_and_not_continued(unst
     try:
         code, out, err = finish(start(workdir, launcher=OBEY_PERMISSIONS))
         assert (code, err) == (0, [])
-        assert "completed after 256 steps" in out
-        code, _, err = finish(start(workdir, "--config.epochs=17", launcher=OBEY_PERMISSIONS))
+        assert "completed after 192 steps" in out
+        code, _, err = finish(start(workdir, "--config.epochs=13", launcher=OBEY_PERMISSIONS))
         assert code == 2
         assert len(err) == 1, err
         assert "Permission denied" in err[0]
@@ -237,13 +237,13 @@ def test_a_finished_run_in_a_read_only_folder_can_be_read_and_not_continued(unst
 def test_a_truncated_checkpoint_is_one_line_of_the_script(unstopped, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(unstopped, workdir)
-    data = max((workdir / "checkpoints" / "256").rglob("*"), key=lambda file: file.stat().st_size)
+    data = max((workdir / "checkpoints" / "192").rglob("*"), key=lambda file: file.stat().st_size)
     data.write_bytes(data.read_bytes()[:100])
     table = (workdir / "metrics.csv").read_bytes()
-    code, _, err = finish(start(workdir, "--config.epochs=17"))
+    code, _, err = finish(start(workdir, "--config.epochs=13"))
     assert code == 2
     assert len(err) == 1, err
-    assert "checkpoints/256 is damaged" in err[0]
+    assert "checkpoints/192 is damaged" in err[0]
     assert (workdir / "metrics.csv").read_bytes() == table
 
 
@@ -348,7 +348,7 @@ def test_a_run_without_a_checkpoint_starts_over(tiny_config, tmp_path):
         (lambda f: (f / "config.json").unlink(), "has no config.json, so is no run"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json holds no JSON object"),
         (lambda f: (f / "summary.json").write_text("{"), "summary.json holds no JSON object"),
-        (lambda f: shutil.rmtree(f / "checkpoints"), "holds 16 epochs and no checkpoint to go on"),
+        (lambda f: shutil.rmtree(f / "checkpoints"), "holds 12 epochs and no checkpoint to go on"),
     ],
     ids=["short_table", "no_config", "foreign_config", "damaged_summary", "no_checkpoints"],
 )
@@ -356,7 +356,7 @@ def test_a_folder_that_is_not_whole_is_refused_and_left_alone(
     unstopped, break_it, message, tmp_path
 ):
     workdir = tmp_path / "run"
-    config = copy_run(unstopped, workdir, epochs=17)
+    config = copy_run(unstopped, workdir, epochs=13)
     break_it(workdir)
     before = {file.name: file.read_bytes() for file in workdir.iterdir() if file.is_file()}
     with pytest.raises(ValueError, match=message):

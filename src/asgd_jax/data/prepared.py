@@ -88,14 +88,19 @@ def prepared_builder(name: str, data_dir: str | os.PathLike[str] | None = None) 
       data_dir: folder (or `gs://` address) of prepared data; see `resolve_data_dir`.
 
     Returns:
-      A `tfds.core.DatasetBuilder` whose `as_dataset` works.
+      A `tfds.core.DatasetBuilder` whose `as_dataset` works; the same one for the same folder, which
+      is read only at the first call.
 
     Raises:
       DatasetNotFoundError: one line with the data set, the folder looked in and the remedies.
         ImageNet is never downloaded: its archives need a licence, and preparing them takes hours.
     """
+    return _open_builder(name, resolve_data_dir(data_dir))
+
+
+@functools.lru_cache(maxsize=8)  # opening reads the folder, over the network for a gs:// address
+def _open_builder(name: str, folder: str) -> Any:
     _, tfds = tensorflow_modules()
-    folder = resolve_data_dir(data_dir)
     try:
         builder = tfds.builder(f"{name}:*.*.*", data_dir=folder)
         prepared = builder.is_prepared()

@@ -17,6 +17,7 @@ from asgd_jax.training import metrics, optimizer, preemption, report, rerun
 from asgd_jax.training.checkpoint import Checkpoints, open_checkpoints
 from asgd_jax.training.chunk import NOT_DIVERGED, ChunkTotals
 from asgd_jax.training.config import validate_config
+from asgd_jax.training.lock import hold_folder
 from asgd_jax.training.progress import (
     Progress,
     add_chunk,
@@ -45,7 +46,8 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
       progress: show a progress bar on a terminal.
 
     Raises:
-      ValueError: for a bad configuration, or a folder that holds another run or a damaged one.
+      ValueError: for a bad configuration, or a folder that holds another run or a damaged one, or
+        that another process is writing to.
       DatasetNotFoundError: when the data is neither prepared nor downloadable.
       OSError: when the folder cannot be written to.
       Preempted: after SIGTERM or SIGINT, once the state is saved.
@@ -57,6 +59,18 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
     if summary is not None:
         return summary
     setup = set_up(config)
+    with hold_folder(workdir):
+        reached = _run(config, setup, workdir, started, progress)
+        summary = _summarize(config, setup, reached)
+        if jax.process_index() == 0:
+            report.write_json(workdir / "summary.json", summary)
+    return summary
+
+
+def _run(
+    config: ConfigDict, setup: Setup, workdir: Path, started: float, progress: bool
+) -> Progress:
+    """Trains from the last checkpoint, or the start, to the end; all is saved when it returns."""
     fingerprint = rerun.fingerprint(config) | rerun.data_fingerprint(config, setup.feed.plan)
     with contextlib.ExitStack() as stack:
         stop_requested = stack.enter_context(preemption.catch_signals())
@@ -80,10 +94,7 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
                 checkpoints.save(reached.step, state, progress_to_json(reached), error)
             if stopping and diverged_at(reached) is None:
                 raise preemption.Preempted(reached.step)
-    summary = _summarize(config, setup, reached)
-    if jax.process_index() == 0:
-        report.write_json(workdir / "summary.json", summary)
-    return summary
+    return reached
 
 
 def _resume(

@@ -23,7 +23,8 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     """Returns a mesh of one axis, "batch", over the first `num_devices` devices (all by default).
 
     Raises:
-      ValueError: when there are fewer devices.
+      ValueError: when there are fewer devices, or when they belong to several processes and not all
+        of them are to be used: every process of a run needs its share of the mesh.
 
     >>> dict(make_mesh(1).shape)
     {'batch': 1}
@@ -33,6 +34,11 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     if not 1 <= count <= len(devices):
         raise ValueError(
             f"num_devices={count}: {len(devices)} devices are visible, ask for 1 to {len(devices)}"
+        )
+    if count < len(devices) and jax.process_count() > 1:
+        raise ValueError(
+            f"num_devices={count}: the {jax.process_count()} processes of this run use all their "
+            f"{len(devices)} devices: set num_devices={len(devices)} or leave it out"
         )
     return Mesh(np.array(devices[:count]), (AXIS,))
 

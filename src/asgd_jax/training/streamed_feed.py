@@ -17,6 +17,7 @@ from asgd_jax.training.evaluate import Evaluate, make_sum_batch
 from asgd_jax.training.feed import Advance, Feed, plan_of
 from asgd_jax.training.state import PyTree, TrainState
 from asgd_jax.training.step import Batch, TrainStep
+from asgd_jax.transforms import DelayedState, ShiftedTraceState
 
 DATASETS = ("imagenet2012",)
 
@@ -91,7 +92,9 @@ def _make_step(
 ) -> Step:
     def step(state: TrainState, totals: ChunkTotals, batch: Batch) -> Any:
         new_state, metrics = train_step(state, batch)
-        return new_state, add_step(totals, metrics, state.step, config.divergence_loss)
+        new_totals = add_step(totals, metrics, state.step, config.divergence_loss)
+        diverged = totals.diverged_at != NOT_DIVERGED
+        return _keep_if(diverged, (state, totals), (new_state, new_totals))
 
     if config.parallelism == "pmap":
         return jax.pmap(
@@ -102,6 +105,26 @@ def _make_step(
         )
     whole = devices.replicated(mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, whole))
+
+
+def _keep_if(condition: jax.Array, old: PyTree, new: PyTree) -> PyTree:
+    """Returns `old` under the condition, else `new`; but past parameters and momenta of `new`.
+
+    To keep their rings as well would copy them whole at every step (`lax.cond` copies even more),
+    and of a run that has diverged nobody reads them.
+    """
+    rings = {DelayedState: "history", ShiftedTraceState: "trace"}
+
+    def pick(old_node: Any, new_node: Any) -> Any:
+        field = rings.get(type(new_node))
+        if field is None:
+            return jnp.where(condition, old_node, new_node)
+        ring = {field: getattr(new_node, field)}
+        without = old_node._replace(**{field: ()}), new_node._replace(**{field: ()})
+        kept = [_keep_if(condition, *leaves) for leaves in zip(*without, strict=True)]
+        return type(new_node)(*kept)._replace(**ring)
+
+    return jax.tree.map(pick, old, new, is_leaf=lambda node: type(node) in rings)
 
 
 def _make_put(
@@ -144,12 +167,14 @@ def _make_advance(
         totals = zero_totals(max_delay)
         if state.step.ndim:  # pmap: an axis of devices
             totals = jax.tree.map(lambda leaf: jnp.repeat(leaf[None], state.step.size, 0), totals)
+        earlier = totals
         for number in range(first, first + stop - start):
             batch = put(next(stream.batches))  # on its way while the device still computes
-            # One step behind, so that the check waits for nothing that is not needed anyway.
-            if int(np.ravel(_local(totals.diverged_at))[0]) != NOT_DIVERGED:
+            # Two steps behind: the last one may still run while this one is handed over, so the
+            # device never waits for the host. A step after the divergence changes nothing.
+            if int(np.ravel(_local(earlier.diverged_at))[0]) != NOT_DIVERGED:
                 break
-            state, totals = step(state, totals, batch)
+            earlier, (state, totals) = totals, step(state, totals, batch)
             stream = stream._replace(next_step=number + 1)
         if state.step.ndim:
             totals = jax.tree.map(lambda leaf: leaf[0], totals)
