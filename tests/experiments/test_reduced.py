@@ -1,0 +1,104 @@
+"""The driver of the reduced runs, on digits; and the commands that it lists."""
+
+import csv
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from asgd_jax.experiments import reduced
+from asgd_jax.training.config import validate_config
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+
+TINY = {
+    "model": "mlp",
+    "num_train": 264,
+    "num_validation": 100,
+    "log_every_steps": 5,
+    "checkpoint_every_epochs": 0,
+    "num_devices": 1,
+}
+RUNS = {
+    "learns": reduced.Run("digits", "ssgd", TINY | {"epochs": 40}, True),
+    "falls": reduced.Run("digits", "asgd", TINY | {"epochs": 2, "learning_rate": 1.0}, False),
+    "diverges": reduced.Run(
+        "digits", "asgd_same", TINY | {"epochs": 2, "learning_rate": 1e6}, True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(reduced.RUNS))
+def test_every_command_makes_the_same_run(name, monkeypatch):
+    """The command line, read as scripts/train.py reads it, gives the configuration that is run."""
+    monkeypatch.chdir(ROOT)
+    run = reduced.RUNS[name]
+    python, script, *arguments = shlex.split(reduced.command(name, run))
+    assert (python, script) == ("python", "scripts/train.py")
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])  # where overrides are looked for
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
+    assert values(sys.argv) == ["train.py"]
+    config = reduced.load_config(run, CONFIGS)
+    assert holder.value.to_dict() == config.to_dict()
+    assert workdir.value == f"runs/reduced/{name}"
+    validate_config(config)
+
+
+def test_the_runs_are_those_that_are_to_be_shown():
+    delays = {name: reduced.load_config(run, CONFIGS).delay for name, run in reduced.RUNS.items()}
+    assert delays.pop("resnet50_ssgd") == 0
+    assert set(delays.values()) == {31}
+    arms = {run.arm for run in reduced.RUNS.values() if run.config == "imagenet_resnet50"}
+    momenta = {"standard", "standard_damped", "no_momentum", "shifted", "shifted_normal"}
+    assert arms >= momenta
+
+
+def test_runs_leave_a_table_and_are_not_repeated(tmp_path, monkeypatch):
+    content = reduced.reproduce(tmp_path / "out", tmp_path / "work", CONFIGS, RUNS)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "README.md", "records.csv", "summary.json",
+    ]  # fmt: skip
+    assert not list((tmp_path / "work").glob("*/checkpoints"))
+    assert [claim["holds"] for claim in content["claims"]] == [True, True, False]
+    assert content["runs"]["diverges"]["status"] == "diverged"
+    with (tmp_path / "out" / "records.csv").open(newline="") as lines:
+        rows = {row["run"]: row for row in csv.DictReader(lines)}
+    assert list(rows) == list(RUNS)
+    assert rows["learns"]["updates"] == "40"
+    assert rows["falls"]["updates"] == "66"
+    assert rows["falls"]["max_staleness"] == "32"
+    assert float(rows["learns"]["validation_error"]) < 0.5
+    assert (rows["learns"]["beats_chance"], rows["falls"]["beats_chance"]) == ("yes", "not asked")
+    assert float(rows["falls"]["last_train_loss"]) < float(rows["falls"]["first_train_loss"])
+    saved = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert saved["runs"]["learns"]["command"].startswith("python scripts/train.py --config=")
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert all(row["command"] in readme for row in rows.values())
+    assert "FAILS  diverges" in readme
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.csv")}
+    again = reduced.reproduce(tmp_path / "out", tmp_path / "work", CONFIGS, RUNS)
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.csv")}
+    assert again == content
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only=resnet"], "unknown run 'resnet': use some of resnet20_no_momentum, "),
+        (["--configs=nowhere"], "nowhere/cifar10_resnet44.py is missing: run from"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert reduced.main(arguments) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert message in line
+    assert not list(tmp_path.iterdir())
