@@ -1,6 +1,6 @@
 """Data sets: in memory and streamed, both through TFDS. Importing this needs no TensorFlow."""
 
-from asgd_jax.data.augment import augmenter, random_crop_flip
+from asgd_jax.data.augment import augmenter, identity, random_crop_flip
 from asgd_jax.data.batches import BatchPlan, epoch_batches, epoch_permutation, plan_batches
 from asgd_jax.data.in_memory import DATASETS, Dataset, load, normalizer
 from asgd_jax.data.normalize import imagenet_normalizer
@@ -21,6 +21,7 @@ __all__ = [
     "augmenter",
     "epoch_batches",
     "epoch_permutation",
+    "identity",
     "imagenet_normalizer",
     "load",
     "normalizer",

@@ -105,11 +105,11 @@ def plan_batches(
     )
 
 
-def epoch_permutation(seed: int, epoch: int | jax.Array, num_samples: int) -> jax.Array:
+def epoch_permutation(seed: int | jax.Array, epoch: int | jax.Array, num_samples: int) -> jax.Array:
     """Returns the order of the samples in an epoch; equal arguments give equal orders.
 
     Args:
-      seed: of the run.
+      seed: of the run; may be traced.
       epoch: 0, 1, ...; may be traced.
       num_samples: static.
 
@@ -123,14 +123,14 @@ def epoch_permutation(seed: int, epoch: int | jax.Array, num_samples: int) -> ja
     return jax.random.permutation(key, jnp.arange(num_samples, dtype=jnp.int32))
 
 
-def epoch_batches(seed: int, epoch: int | jax.Array, plan: BatchPlan) -> jax.Array:
+def epoch_batches(seed: int | jax.Array, epoch: int | jax.Array, plan: BatchPlan) -> jax.Array:
     """Returns the samples of every update of an epoch, in the shape a scan over it wants.
 
     Update `step` of a run is row `step % steps_per_epoch` of epoch `step // steps_per_epoch`, so a
     resumed run needs nothing but the step.
 
     Args:
-      seed: of the run.
+      seed: of the run; may be traced.
       epoch: 0, 1, ...; may be traced.
       plan: static.
 

@@ -67,6 +67,7 @@ def make_run_chunk(
     divergence_loss: float,
     *,
     place: Callable[[Batch], Batch] = lambda batch: batch,
+    stop_early: bool = True,
 ) -> Callable[..., tuple[TrainState, ChunkTotals]]:
     """Returns `run_chunk(state, images, labels, order, start, stop) -> (state, totals)`.
 
@@ -79,6 +80,9 @@ def make_run_chunk(
       max_delay: largest staleness, sizes the histogram.
       divergence_loss: a train loss above it, or not finite, ends the chunk.
       place: applied to every batch: constrains its sharding, or takes this device's share.
+      stop_early: whether a diverged run stops. Under `vmap` it must not: the loop's condition, and
+        with it the slot that is written, would differ between runs, and every step would copy the
+        history.
 
     The returned function takes the data set on the device (`images` uint8, `labels` int32) and
     `order`, int32 (steps_per_epoch, workers_per_update, worker_batch_size), indices of samples.
@@ -95,7 +99,8 @@ def make_run_chunk(
     ) -> tuple[TrainState, ChunkTotals]:
         def unfinished(carry: Carry) -> jax.Array:
             index, _, totals = carry
-            return (index < stop) & (totals.diverged_at == NOT_DIVERGED)
+            fine = totals.diverged_at == NOT_DIVERGED
+            return (index < stop) & fine if stop_early else index < stop
 
         def update(carry: Carry) -> Carry:
             index, state, totals = carry

@@ -53,6 +53,24 @@ def make_sum_batch(
     return sum_batch
 
 
+def make_mean(
+    model: nn.Module, normalize: Callable[[jax.Array], jax.Array]
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Returns `mean(params, batch_stats, batches, num_samples)`: loss and error, pure.
+
+    `batches` is the pair that `pad_to_batches` returns; its padding counts nowhere.
+    """
+    sum_batch = make_sum_batch(model, normalize)
+
+    def mean(
+        params: PyTree, batch_stats: PyTree, batches: tuple[jax.Array, jax.Array], num_samples: int
+    ) -> tuple[jax.Array, jax.Array]:
+        losses, wrong = jax.lax.map(lambda pair: sum_batch(params, batch_stats, *pair), batches)
+        return losses.sum() / num_samples, wrong.sum() / num_samples
+
+    return mean
+
+
 def make_evaluate(
     model: nn.Module,
     normalize: Callable[[jax.Array], jax.Array],
@@ -74,14 +92,6 @@ def make_evaluate(
     """
     num_samples = len(labels)
     batches = jax.device_put(pad_to_batches(images, labels, batch_size), sharding)
-    sum_batch = make_sum_batch(model, normalize)
-
-    @jax.jit
-    def run(
-        params: PyTree, batch_stats: PyTree, batches: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        losses, wrong = jax.lax.map(lambda pair: sum_batch(params, batch_stats, *pair), batches)
-        return losses.sum() / num_samples, wrong.sum() / num_samples
-
+    mean = jax.jit(make_mean(model, normalize), static_argnums=3)
     # The arrays are an argument: closed over, they would be compiled into the program.
-    return lambda params, batch_stats: run(params, batch_stats, batches)
+    return lambda params, batch_stats: mean(params, batch_stats, batches, num_samples)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,15 +88,38 @@ def make_multiplier(config: ConfigDict, steps_per_epoch: int) -> Callable[[jax.A
     return multiplier
 
 
+class Values(NamedTuple):
+    """What of a configuration may differ between runs of one compiled program; floats or arrays."""
+
+    learning_rate: Any  # under the delay
+    momentum: Any
+    seed: Any
+
+
+def values_of(config: ConfigDict) -> Values:
+    """Returns the values of a configuration."""
+    return Values(effective_learning_rate(config), config.momentum, config.seed)
+
+
 def make_optimizer(
-    config: ConfigDict, process: delays.DelayProcess, steps_per_epoch: int
+    config: ConfigDict,
+    process: delays.DelayProcess,
+    steps_per_epoch: int,
+    values: Values | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the server: `delayed` around clipping, weight decay, momentum and learning rate.
 
     Gradients are stale; clipping, weight decay (`add_decayed_weights`) and the schedule act on the
     server, with live parameters and the server's update count. The learning rate is a value of the
     state (`optax.inject_hyperparams`): a new one recompiles nothing.
+
+    Args:
+      config: whether there is momentum, of which kind, and all that is not in `values`.
+      process: the staleness.
+      steps_per_epoch: to count the regime's epochs in.
+      values: to use in place of the configuration's own; may be traced.
     """
+    values = values_of(config) if values is None else values
 
     def server(learning_rate: float) -> optax.GradientTransformation:
         decay = []
@@ -104,7 +127,7 @@ def make_optimizer(
             mask = kernel_mask if config.weight_decay_on == "kernels" else None
             decay = [optax.add_decayed_weights(config.weight_decay, mask)]
         clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-        direction = _direction(config, process)
+        direction = _direction(config, process, values.momentum)
         # AdamW decouples the decay from the preconditioner; elsewhere it is part of the gradient.
         decoupled = config.optimizer == "adamw"
         return optax.chain(
@@ -116,34 +139,30 @@ def make_optimizer(
             optax.scale_by_learning_rate(learning_rate),
         )
 
-    learning_rate = effective_learning_rate(config)
     return delayed(
-        optax.inject_hyperparams(server)(learning_rate=learning_rate),
+        optax.inject_hyperparams(server)(learning_rate=values.learning_rate),
         process,
         history_dtype=config.history_dtype,
-        seed=config.seed,
+        seed=values.seed,
     )
 
 
-def _direction(config: ConfigDict, process: delays.DelayProcess) -> optax.GradientTransformation:
+def _direction(
+    config: ConfigDict, process: delays.DelayProcess, momentum: float | jax.Array
+) -> optax.GradientTransformation:
     if config.optimizer in ("adam", "adamw"):
         return optax.scale_by_adam()
     if not config.momentum:
         return optax.identity()
     if config.momentum_kind == "shifted":
-        return shifted_trace(config.momentum, process, dampening=config.dampening)
-    nesterov = config.momentum_kind == "nesterov"
+        return shifted_trace(momentum, process, dampening=config.dampening)
+    if config.momentum_kind == "nesterov":
+        lookahead = optax.trace(momentum, nesterov=True)
+        damp = [optax.scale(1.0 - momentum)] if config.dampening else []
+        return optax.chain(lookahead, *damp)
     if config.dampening:
-        return (
-            optax.ema(config.momentum, debias=False) if not nesterov else _damped_nesterov(config)
-        )
-    return optax.trace(config.momentum, nesterov=nesterov)
-
-
-def _damped_nesterov(config: ConfigDict) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.trace(config.momentum, nesterov=True), optax.scale(1.0 - config.momentum)
-    )
+        return optax.ema(momentum, debias=False)
+    return optax.trace(momentum)
 
 
 def kernel_mask(params: Any) -> Any:

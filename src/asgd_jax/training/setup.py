@@ -51,7 +51,7 @@ def build_program(
     config: ConfigDict, plan: BatchPlan, num_classes: int, preprocess: Preprocess
 ) -> Program:
     """Returns delay, model, optimizer and train step of a configuration."""
-    model = _make_model(config, num_classes)
+    model = make_model(config, num_classes)
     process = optimizer.make_delay_process(config, plan.steps_per_epoch * config.epochs)
     tx = optimizer.make_optimizer(config, process, plan.steps_per_epoch)
     chains = make_chains(config.batch_stats, process.max_delay)
@@ -74,7 +74,7 @@ def set_up(config: ConfigDict) -> Setup:
       DatasetNotFoundError: when the data is neither prepared nor downloadable.
     """
     validate_config(config)
-    _make_model(config, num_classes=1)  # a bad name or option is refused before data is read
+    make_model(config, num_classes=1)  # a bad name or option is refused before data is read
     mesh = devices.make_mesh(config.num_devices)
     devices.check_divisible(config.worker_batch_size, mesh.size)
     streamed = config.dataset in streamed_feed.DATASETS
@@ -132,7 +132,8 @@ def make_validation(
     return validate
 
 
-def _make_model(config: ConfigDict, num_classes: int) -> nn.Module:
+def make_model(config: ConfigDict, num_classes: int) -> nn.Module:
+    """Returns the model of a configuration."""
     options: dict[str, Any] = config.model_options.to_dict()
     return models.create(
         config.model,

@@ -1,0 +1,301 @@
+"""A grid of training runs, one compiled program for all that share their shapes; resumable."""
+
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from asgd_jax import data
+from asgd_jax.data.in_memory import Dataset
+from asgd_jax.delays import DelayProcess
+from asgd_jax.experiments.run_table import Cell, Record, add_runs, open_table, run_key
+from asgd_jax.experiments.sweep_program import (
+    RunValues,
+    Samples,
+    Shape,
+    compile_runs,
+    make_run,
+    put_samples,
+    rows_of,
+)
+from asgd_jax.training.config import validate_config
+from asgd_jax.training.feed import plan_of
+from asgd_jax.training.optimizer import Values, effective_learning_rate, make_delay_process
+from asgd_jax.training.setup import make_model
+from asgd_jax.training.state import PyTree, num_params
+
+Point = Mapping[str, Cell]
+
+# Fields that are data of a program; whether there is any momentum is its structure.
+_VALUES = ("learning_rate", "learning_rate_rule", "momentum", "seed")
+_DELAYS = ("delay", "num_workers", "delay_distribution", "delay_std", "worker_schedule")
+_ROWS = ("epochs", "eval_every_epochs")  # only how many of the latter the former are is structure
+# On a CPU runs share a `vmap` where a step is so small that the calls of its operations, not their
+# arithmetic, take the time; `make bench` measures where that ends.
+_SMALL_MODEL = 20_000  # parameters
+_RUNS_AT_ONCE = 8
+
+
+class Runs(NamedTuple):
+    """Runs of one program.
+
+    Attributes:
+      shape: what they share.
+      indices: which of the points they are.
+      configs: of each.
+    """
+
+    shape: Shape
+    indices: list[int]
+    configs: list[ConfigDict]
+
+
+def sweep(
+    config: ConfigDict,
+    points: Sequence[Point],
+    *,
+    work: Path | None = None,
+    runs_at_once: int | None = None,
+    initial: PyTree | None = None,
+    leave_loss: float = np.inf,
+    progress: bool = True,
+) -> list[Record]:
+    """Trains a run for every point, as `train` would, and returns their curves as flat records.
+
+    Runs that differ in learning rate, delay (constant or random), momentum or seed are one compiled
+    program: the ring has the depth of the largest delay, the rest is data. Points that change
+    shapes (samples of an update, kind of momentum, model, ...) make a program for each shape. A run
+    that diverges is recorded and stops none of the others.
+
+    Args:
+      config: what all points share; see `training.default_config`. The data set must be one that
+        lives in memory, and `batch_stats` not "recalibrate".
+      points: for each run, the fields that it changes; all points name the same fields.
+      work: folder of records.csv. Runs found there are not repeated, so that a killed sweep goes
+        on where it was. A temporary one by default.
+      runs_at_once: runs of one `vmap`; the rest follow by `lax.map`. By default 1 on a CPU, 8 for
+        models below 20,000 parameters and on accelerators.
+      initial: parameters to start every run from, with a history full of them; those of the run's
+        seed by default.
+      leave_loss: a run ends when its loss on the whole training set, in evaluation mode, exceeds
+        this (or is not finite) at two rows in a row; the column full_train_loss has that loss.
+      progress: show a progress bar on a terminal.
+
+    Returns:
+      Records in the order of points, one for each `eval_every_epochs`: the point's fields, epoch,
+      steps, train_loss, train_error, full_train_loss, validation_loss, validation_error,
+      diverged_at (the update, or -1). A run that diverges or leaves ends with that row.
+
+    Raises:
+      ValueError: for a bad configuration or point, or a folder that holds another sweep.
+      DatasetNotFoundError: when the data is neither prepared nor downloadable.
+    """
+    if work is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return sweep(
+                config,
+                points,
+                work=Path(folder),
+                runs_at_once=runs_at_once,
+                initial=initial,
+                leave_loss=leave_loss,
+                progress=progress,
+            )
+    configs = [point_config(config, point) for point in points]
+    table = open_table(work, _fingerprint(config, initial, leave_loss))
+    missing = [index for index, point in enumerate(points) if run_key(point) not in table.runs]
+    if missing:
+        dataset = load_dataset(config)
+        full_train = bool(np.isfinite(leave_loss))
+        samples = put_samples(dataset, config.eval_batch_size, full_train=full_train)
+        total = sum(configs[index].epochs for index in missing)
+        with _progress_bar(total, progress) as bar:
+            for runs in group_runs(configs, missing, dataset, runs_at_once, full_train):
+                steps = runs.shape.plan.steps_per_epoch
+                for finished in run_blocks(runs, samples, initial, leave_loss, runs_at_once):
+                    done = [(points[k], _label(points[k], rows, steps)) for k, rows in finished]
+                    table = add_runs(table, done)
+                    bar.update(sum(configs[index].epochs for index, _ in finished))
+    return [record for point in points for record in table.runs[run_key(point)]]
+
+
+def point_config(config: ConfigDict, point: Point) -> ConfigDict:
+    """Returns the configuration of a point, checked.
+
+    Raises:
+      ValueError: for a field or value that is refused, or one that a sweep cannot do.
+    """
+    changed = config.copy_and_resolve_references()
+    for field, value in point.items():
+        if field not in changed:
+            raise ValueError(f"points change {field!r}, which is no field of a configuration")
+        changed[field] = value
+    validate_config(changed)
+    if changed.dataset not in data.DATASETS:
+        raise ValueError(
+            f"dataset={changed.dataset!r} is streamed: a sweep needs one of "
+            f"{', '.join(data.DATASETS)}; run scripts/train.py for each point"
+        )
+    for field, value in (("batch_stats", "recalibrate"), ("parallelism", "pmap")):
+        if changed[field] == value:
+            raise ValueError(f"{field}={value!r} is not done in a sweep: use the default")
+    return changed
+
+
+def load_dataset(config: ConfigDict) -> Dataset:
+    """Returns the data set of a configuration, in host memory."""
+    return data.load(
+        config.dataset,
+        data_dir=config.data_dir,
+        num_train=config.num_train,
+        num_validation=config.num_validation,
+        normalize=config.normalize,
+    )
+
+
+def group_runs(
+    configs: Sequence[ConfigDict],
+    indices: Sequence[int],
+    dataset: Dataset,
+    runs_at_once: int | None,
+    full_train: bool,
+) -> list[Runs]:
+    """Returns the runs, those together that one program can do."""
+    groups: dict[str, list[int]] = {}
+    for index in indices:
+        groups.setdefault(_program_key(configs[index], dataset), []).append(index)
+    found = []
+    for members in groups.values():
+        mine = [configs[index] for index in members]
+        plan = plan_of(mine[0], len(dataset.train_labels))
+        depth = max(_process(config, plan.steps_per_epoch).max_delay for config in mine)
+        early = _runs_at_once(mine[0], dataset, runs_at_once) == 1
+        shape = Shape(mine[0], plan, dataset, depth, stop_early=early, full_train=full_train)
+        found.append(Runs(shape, members, mine))
+    return found
+
+
+def run_blocks(
+    runs: Runs,
+    samples: Samples,
+    initial: PyTree | None,
+    leave_loss: float,
+    runs_at_once: int | None,
+) -> Iterator[list[tuple[int, list[Record]]]]:
+    """Yields finished runs, (index, rows), a block at a time."""
+    config = runs.shape.config
+    at_once = _runs_at_once(config, runs.shape.dataset, runs_at_once)
+    num_devices = config.num_devices or jax.device_count()
+    program = compile_runs(make_run(runs.shape), at_once, num_devices)
+    stacked = _stack_values(runs, leave_loss)
+    size = at_once * num_devices
+    for start in range(0, len(runs.indices), size):
+        members = np.minimum(np.arange(start, start + size), len(runs.indices) - 1)
+        block = _take(stacked, members)
+        curves = jax.device_get(program(block, samples, initial))
+        yield [
+            (index, rows_of(_take(curves, offset)))
+            for offset, index in enumerate(runs.indices[start : start + size])
+        ]
+
+
+def train_params(config: ConfigDict, dataset: Dataset) -> PyTree:
+    """Returns the live parameters at the end of one run; traceable by `jax.eval_shape`."""
+    (runs,) = group_runs([config], [0], dataset, 1, False)
+    samples = put_samples(dataset, config.eval_batch_size, full_train=False)
+    values = _take(_stack_values(runs, np.inf), 0)
+    return jax.jit(make_run(runs.shape))(values, samples, None)[1]
+
+
+def _take(tree: PyTree, index: Any) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _program_key(config: ConfigDict, dataset: Dataset) -> str:
+    """What decides the shapes and the structure of a run's program, as text."""
+    fields = {
+        field: value
+        for field, value in config.to_dict().items()
+        if field not in (*_VALUES, *_DELAYS, "delay_trace", *_ROWS)
+    }
+    if not config.momentum:
+        fields |= {"momentum_kind": None, "dampening": None}
+    plan = plan_of(config, len(dataset.train_labels))
+    fields["samples of an update"] = plan.workers_per_update, plan.worker_batch_size
+    fields["rows"] = -(-config.epochs // config.eval_every_epochs)
+    return str(sorted(fields.items()))
+
+
+def _runs_at_once(config: ConfigDict, dataset: Dataset, asked: int | None) -> int:
+    if asked is not None:
+        if asked < 1:
+            raise ValueError(f"runs_at_once must be >= 1, got {asked}: 1 runs them one by one")
+        return asked
+    image = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
+    model = make_model(config, dataset.num_classes)
+    variables = jax.eval_shape(
+        lambda image: model.init(jax.random.key(0), image, train=False), image
+    )
+    small = num_params(variables["params"]) < _SMALL_MODEL
+    return _RUNS_AT_ONCE if small or jax.default_backend() != "cpu" else 1
+
+
+def _process(config: ConfigDict, steps_per_epoch: int) -> DelayProcess:
+    return make_delay_process(config, steps_per_epoch * config.epochs)
+
+
+def _stack_values(runs: Runs, leave_loss: float) -> RunValues:
+    """The data of all runs, on the host, along a leading axis."""
+    steps_per_epoch = runs.shape.plan.steps_per_epoch
+    constant = all(config.delay_distribution == "constant" for config in runs.configs)
+    num_updates = max(config.epochs for config in runs.configs) * steps_per_epoch
+    length = 1 if constant else num_updates + 1
+    values = [
+        RunValues(
+            Values(
+                np.float32(effective_learning_rate(config)),
+                np.float32(config.momentum),
+                np.int32(config.seed),
+            ),
+            _staleness(config, steps_per_epoch, length),
+            np.int32(config.eval_every_epochs),
+            np.float32(leave_loss),
+        )
+        for config in runs.configs
+    ]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *values)
+
+
+def _staleness(config: ConfigDict, steps_per_epoch: int, length: int) -> np.ndarray:
+    """What `delayed` would draw for updates 0, 1, ..., in the run of this configuration."""
+    process = _process(config, steps_per_epoch)
+    key = jax.random.PRNGKey(config.seed)
+    draw = jax.vmap(lambda step: process.sample(key, step))
+    return np.asarray(draw(jnp.arange(length, dtype=jnp.int32)), np.int32)
+
+
+def _fingerprint(config: ConfigDict, initial: PyTree | None, leave_loss: float) -> dict[str, Any]:
+    start = None if initial is None else zlib.crc32(b"".join(map(bytes, _leaves(initial))))
+    return config.to_dict() | {"initial": start, "leave_loss": f"{leave_loss:.6g}"}
+
+
+def _leaves(tree: PyTree) -> list[np.ndarray]:
+    return [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(jax.device_get(tree))]
+
+
+def _label(point: Point, rows: Sequence[Record], steps_per_epoch: int) -> list[Record]:
+    """The rows with the point's fields before them, and the epoch."""
+    return [{**point, "epoch": round(row["steps"] / steps_per_epoch, 6)} | row for row in rows]
+
+
+def _progress_bar(total: int, show: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="epoch", disable=not (show and sys.stderr.isatty()))
