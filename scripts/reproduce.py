@@ -15,17 +15,28 @@ class _Parser(argparse.ArgumentParser):
 def main() -> int:
     """Reproduces what the command line asks for; a mistake of the user's is one line and code 2."""
     parser = _Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--figure", required=True, metavar="N|all", help="of the paper")
+    parser.add_argument(
+        "--figure", required=True, metavar="N|eos|all", help="of the paper; several with commas"
+    )
     parser.add_argument("--preset", default="cpu", help="smoke, cpu (default) or paper")
+    parser.add_argument(
+        "--redraw", action="store_true", help="draw and check again what is in --out; train nothing"
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="default: results")
     options = parser.parse_args()
 
-    from asgd_jax.experiments.reproduce import describe, figure_numbers, reproduce
+    from asgd_jax.experiments import reproduce as figures
+    from asgd_jax.experiments.results_page import write_page
 
     try:
-        for number in figure_numbers(options.figure):
-            summary = reproduce(number, options.preset, options.out)
-            print(describe(summary, options.out), flush=True)
+        for figure in figures.figure_names(options.figure):
+            if options.redraw:
+                summary = figures.redraw(figure, options.out)
+            else:
+                summary = figures.reproduce(figure, options.preset, options.out)
+            print(figures.describe(summary, options.out), flush=True)
+            write_page(options.out)
+        figures.clean_work(options.out)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     return 0

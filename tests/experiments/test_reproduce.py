@@ -12,6 +12,7 @@ import pytest
 
 from asgd_jax.experiments import reproduce as driver
 from asgd_jax.experiments.figures import fig06
+from asgd_jax.experiments.results_page import page
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,9 +22,9 @@ def read_table(file):
         return list(csv.DictReader(lines))
 
 
-@pytest.mark.parametrize("number", sorted(driver.FIGURES))
-def test_every_figure_keeps_the_scheme(number):
-    module = importlib.import_module(driver.FIGURES[number])
+@pytest.mark.parametrize("figure", driver.FIGURES)
+def test_every_figure_keeps_the_scheme(figure):
+    module = importlib.import_module(driver.FIGURES[figure])
     assert isinstance(module.CAPTION, str)
     assert set(module.PRESETS) <= set(driver.PRESETS)
     assert {"cpu", "paper"} <= set(module.PRESETS)
@@ -31,13 +32,13 @@ def test_every_figure_keeps_the_scheme(number):
 
 
 def test_a_figure_writes_three_files_and_the_same_table_again(tmp_path):
-    summary = driver.reproduce(6, "smoke", tmp_path)
+    summary = driver.reproduce("6", "smoke", tmp_path)
     folder = tmp_path / "fig06"
     assert sorted(os.listdir(folder)) == ["fig06.png", "records.csv", "summary.json"]
     assert os.listdir(tmp_path) == ["fig06"]
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert set(summary) == {
-        *("figure", "caption", "preset", "config", "claims", "wall_time_s"),
+        *("figure", "caption", "preset", "proxy", "config", "claims", "wall_time_s"),
         *("versions", "device", "commit"),
     }
     assert summary["config"] == {"max_delay": 64, "stride": 8}
@@ -46,7 +47,7 @@ def test_a_figure_writes_three_files_and_the_same_table_again(tmp_path):
     )
     assert [int(row["delay"]) for row in read_table(folder / "records.csv")] == [*range(0, 65, 8)]
     before = [(folder / name).read_bytes() for name in ("records.csv", "fig06.png")]
-    driver.reproduce(6, "smoke", tmp_path)
+    driver.reproduce("6", "smoke", tmp_path)
     assert before == [(folder / name).read_bytes() for name in ("records.csv", "fig06.png")]
 
 
@@ -55,51 +56,51 @@ def test_a_failure_leaves_the_last_results_alone(tmp_path, monkeypatch, broken):
     def fail(_):
         raise ValueError("broken")
 
-    driver.reproduce(6, "smoke", tmp_path)
+    driver.reproduce("6", "smoke", tmp_path)
     before = {file.name: file.read_bytes() for file in (tmp_path / "fig06").iterdir()}
     monkeypatch.setattr(fig06, broken, fail)
     with pytest.raises(ValueError, match="broken"):
-        driver.reproduce(6, "smoke", tmp_path)
+        driver.reproduce("6", "smoke", tmp_path)
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "fig06").iterdir()}
     with pytest.raises(ValueError, match="broken"):
-        driver.reproduce(6, "smoke", tmp_path / "new")
+        driver.reproduce("6", "smoke", tmp_path / "new")
     assert os.listdir(tmp_path / "new") == []
 
 
 def test_unknown_figures_and_presets_write_nothing(tmp_path):
-    with pytest.raises(ValueError, match="unknown figure '99': use one of 4, 6"):
-        driver.reproduce(99, "smoke", tmp_path / "a")
+    with pytest.raises(ValueError, match="unknown figure '99': use one of 1, 2"):
+        driver.reproduce("99", "smoke", tmp_path / "a")
     with pytest.raises(ValueError, match="unknown preset 'tiny' of figure 6: use one of smoke"):
-        driver.reproduce(6, "tiny", tmp_path / "a")
+        driver.reproduce("6", "tiny", tmp_path / "a")
     assert os.listdir(tmp_path) == []
 
 
 def test_a_missing_matplotlib_is_told_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(driver.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
-        driver.reproduce(6, "smoke", tmp_path)
+        driver.reproduce("6", "smoke", tmp_path)
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("text", ["", "six", "-6", "6.0", "٦", "6,7", "ALL"])
+@pytest.mark.parametrize("text", ["", "six", "-6", "6.0", "٦", "6,", "06", "ALL"])
 def test_bad_figure_texts(text):
     with pytest.raises(ValueError, match="unknown figure"):
-        driver.figure_numbers(text)
+        driver.figure_names(text)
 
 
 def test_describe_says_which_claims_fail():
     claim = {"claim": "c", "expected": "at most 1", "measured": 2.0, "holds": False}
-    summary = {"figure": 6, "caption": "k", "preset": "smoke", "wall_time_s": 1.0}
+    summary = {"figure": "6", "caption": "k", "preset": "smoke", "wall_time_s": 1.0}
     text = driver.describe({**summary, "claims": [claim]}, Path("out"))
     assert "FAILS  c: 2, expected at most 1" in text
     assert "0 of 1 claims hold" in text
     assert "out/fig06" in text
 
 
-@pytest.mark.parametrize("number", [4, 6, 7, 8, 10])
-def test_committed_tables_are_what_the_code_gives(number, tmp_path):
-    committed = ROOT / "results" / f"fig{number:02d}"
-    summary = driver.reproduce(number, "paper", tmp_path)
+@pytest.mark.parametrize("figure", driver.NUMERIC)
+def test_committed_tables_are_what_the_code_gives(figure, tmp_path):
+    committed = ROOT / "results" / driver.folder_name(figure)
+    summary = driver.reproduce(figure, "paper", tmp_path)
     fresh = tmp_path / committed.name
     assert all(claim["holds"] for claim in summary["claims"])
     assert (
@@ -128,10 +129,30 @@ def run_script(*arguments, cwd):
 
 
 def test_the_script_reproduces(tmp_path):
-    done = run_script("--figure=all", "--preset=smoke", "--out=r", cwd=tmp_path)
+    done = run_script("--figure=4,6", "--preset=smoke", "--out=r", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("claims hold") == len(driver.FIGURES)
-    assert len(os.listdir(tmp_path / "r")) == len(driver.FIGURES)
+    assert done.stdout.count("claims hold") == 2
+    assert sorted(os.listdir(tmp_path / "r")) == ["README.md", "fig04", "fig06"]
+    page = (tmp_path / "r" / "README.md").read_text()
+    assert page.count("\n| [") == 2
+    assert "Not in this folder: 1, 2, 3, 5, 7" in page
+    table = tmp_path / "r" / "fig06" / "records.csv"
+    before = table.read_bytes(), (tmp_path / "r" / "fig06" / "fig06.png").read_bytes()
+    again = run_script("--figure=6", "--redraw", "--out=r", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert before == (table.read_bytes(), (tmp_path / "r" / "fig06" / "fig06.png").read_bytes())
+    nothing = run_script("--figure=8", "--redraw", "--out=r", cwd=tmp_path)
+    assert nothing.returncode == 2
+    assert "fig08 has no records to draw" in nothing.stderr
+
+
+def test_a_page_names_what_does_not_hold():
+    claim = {"claim": "c", "expected": "at most 1", "measured": None, "holds": False}
+    summary = {"caption": "k", "preset": "cpu", "wall_time_s": 60.0, "proxy": "a small one"}
+    text = page({"5": {**summary, "claims": [claim, claim | {"holds": True}]}})
+    assert "| [5](fig05/summary.json) | k | 1 of 2 | cpu | a small one | 60 s |" in text
+    assert "* figure 5: c: not a number, expected at most 1" in text
+    assert 'src="fig05/fig05.png"' in text
 
 
 @pytest.mark.parametrize(

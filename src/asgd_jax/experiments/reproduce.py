@@ -4,57 +4,79 @@ A figure is a module of `asgd_jax.experiments.figures` with
 
 * `CAPTION`: what the paper's caption claims, in our words;
 * `PRESETS`: a configuration (NamedTuple or ConfigDict) for each preset that the figure has;
-* `run(config)`: a list of flat dicts with equal keys, the rows of the table;
+* `run(config)`: a list of flat dicts with equal keys, the rows of the table; figures that train
+  have `run(config, work)` instead, and keep in the folder `work` what a killed run continues from;
 * `plot(records)`: the matplotlib figure;
-* `claims(records)`: a list of `Claim`.
+* `claims(records)`: a list of `Claim`;
+* `PROXY`, where the cpu preset stands in for something larger: what for, in a line.
 
 Given the records, `plot` and `claims` compute nothing new: whoever has the table can redo both.
 """
 
-import csv
 import importlib
 import importlib.util
+import json
+import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from asgd_jax.experiments import style
+from asgd_jax.experiments.run_table import Record, read_records, write_records
 from asgd_jax.training.report import environment, write_json
 
 _MODULES = "asgd_jax.experiments.figures"
-FIGURES: dict[int, str] = {number: f"{_MODULES}.fig{number:02d}" for number in (4, 6, 7, 8, 10)}
+NUMERIC = ("4", "6", "7", "8", "10")
+TRAINED = ("1", "2", "3", "5", "9", "11", "12", "13", "eos")
 PRESETS = ("smoke", "cpu", "paper")
+_WORK = ".work"
 
-Cell = float | int | str
+
+def folder_name(figure: str) -> str:
+    """Returns what a figure's folder and its module are called.
+
+    >>> folder_name("6"), folder_name("eos")
+    ('fig06', 'eos')
+    """
+    return f"fig{int(figure):02d}" if figure.isdigit() else figure
 
 
-def figure_numbers(text: str) -> list[int]:
-    """Returns the figures that `--figure` asks for: one number, or all.
+FIGURES: dict[str, str] = {
+    figure: f"{_MODULES}.{folder_name(figure)}"
+    for figure in sorted(
+        NUMERIC + TRAINED, key=lambda figure: (not figure.isdigit(), len(figure), figure)
+    )
+}
+
+
+def figure_names(text: str) -> list[str]:
+    """Returns the figures that `--figure` asks for: one, several with commas, or all.
 
     Raises:
       ValueError: for a figure that is not known, listing those that are.
 
-    >>> figure_numbers("6"), len(figure_numbers("all")) == len(FIGURES)
-    ([6], True)
+    >>> figure_names("6"), figure_names("1,13"), len(figure_names("all")) == len(FIGURES)
+    (['6'], ['1', '13'], True)
     """
-    if text == "all":
-        return sorted(FIGURES)
-    if not (text.isascii() and text.isdigit() and int(text) in FIGURES):
-        known = ", ".join(map(str, sorted(FIGURES)))
-        raise ValueError(f"unknown figure {text!r}: use one of {known}, or all")
-    return [int(text)]
+    names = list(FIGURES) if text == "all" else text.split(",")
+    for name in names:
+        if name not in FIGURES:
+            raise ValueError(f"unknown figure {name!r}: use one of {', '.join(FIGURES)}, or all")
+    return names
 
 
-def reproduce(number: int, preset: str, out: Path) -> dict[str, Any]:
+def reproduce(figure: str, preset: str, out: Path) -> dict[str, Any]:
     """Runs a figure and writes `out`/figNN: records.csv, figNN.png and summary.json.
 
     The three files are complete before the first one replaces an older one, so that a run that
     fails leaves the last good results alone. Equal records give an equal records.csv, byte by byte.
+    Finished training runs stay in `out`/.work until `clean_work`: a killed figure goes on there,
+    and figures of the same runs share them.
 
     Args:
-      number: of the figure, a key of `FIGURES`.
+      figure: a key of `FIGURES`.
       preset: smoke (a quick look), cpu (minutes on a laptop) or paper (the paper's own size).
       out: folder of all results, made when missing.
 
@@ -66,28 +88,58 @@ def reproduce(number: int, preset: str, out: Path) -> dict[str, Any]:
         is run or written.
       OSError: where `out` cannot be written to.
     """
-    name = f"fig{figure_numbers(str(number))[0]:02d}"
-    module = importlib.import_module(FIGURES[number])
+    (figure,) = figure_names(figure)
+    module = importlib.import_module(FIGURES[figure])
     if preset not in module.PRESETS:
         known = ", ".join(each for each in PRESETS if each in module.PRESETS)
-        raise ValueError(f"unknown preset {preset!r} of figure {number}: use one of {known}")
+        raise ValueError(f"unknown preset {preset!r} of figure {figure}: use one of {known}")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the picture needs matplotlib: pip install matplotlib")
     config = module.PRESETS[preset]
     out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    if figure in TRAINED:
+        records = module.run(config, out / _WORK / preset)
+    else:
+        records = module.run(config)
+    description = {
+        "figure": figure,
+        "caption": module.CAPTION,
+        "preset": preset,
+        "proxy": getattr(module, "PROXY", None) if preset != "paper" else None,
+        "config": config._asdict() if hasattr(config, "_asdict") else config.to_dict(),
+        "wall_time_s": round(time.perf_counter() - start, 3),
+        **environment(),
+    }
+    return _write(figure, records, description, out)
+
+
+def redraw(figure: str, out: Path) -> dict[str, Any]:
+    """Draws a figure and checks its claims again, from the records that `out` has.
+
+    Raises:
+      ValueError: where there are none.
+    """
+    (figure,) = figure_names(figure)
+    folder = out / folder_name(figure)
+    try:
+        description = json.loads((folder / "summary.json").read_text())
+        records = read_records(folder / "records.csv")
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} has no records to draw: run the figure first") from error
+    return _write(figure, records, description, out)
+
+
+def _write(
+    figure: str, records: list[Record], description: dict[str, Any], out: Path
+) -> dict[str, Any]:
+    """Writes a figure's files, all or nothing; returns its summary."""
+    name = folder_name(figure)
+    module = importlib.import_module(FIGURES[figure])
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{name}-") as partial_name:
         partial = Path(partial_name)
-        start = time.perf_counter()
-        records = module.run(config)
-        summary = {
-            "figure": number,
-            "caption": module.CAPTION,
-            "preset": preset,
-            "config": config._asdict() if hasattr(config, "_asdict") else config.to_dict(),
-            "claims": [claim._asdict() for claim in module.claims(records)],
-            "wall_time_s": round(time.perf_counter() - start, 3),
-            **environment(),
-        }
+        claims = [claim._asdict() for claim in module.claims(records)]
+        summary = description | {"claims": claims}
         write_records(partial / "records.csv", records)
         style.save(module.plot(records), partial / f"{name}.png")
         write_json(partial / "summary.json", summary)
@@ -98,28 +150,9 @@ def reproduce(number: int, preset: str, out: Path) -> dict[str, Any]:
     return summary
 
 
-def write_records(file: Path, records: Sequence[Mapping[str, Cell]]) -> None:
-    """Writes the rows as CSV; numbers with nine significant digits.
-
-    Nine digits identify a float32, and hide the last bits in which two machines may differ.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_records(Path(folder) / "r.csv", [{"delay": 2, "h": 2 / 3}])
-    ...     print((Path(folder) / "r.csv").read_text())
-    delay,h
-    2,0.666666667
-    """
-    with file.open("w", newline="") as lines:
-        table = csv.DictWriter(lines, list(records[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(
-            {
-                key: f"{cell:.9g}" if isinstance(cell, float) else cell
-                for key, cell in record.items()
-            }
-            for record in records
-        )
+def clean_work(out: Path) -> None:
+    """Removes the training runs that figures kept, so that the next command runs them anew."""
+    shutil.rmtree(out / _WORK, ignore_errors=True)
 
 
 def describe(summary: Mapping[str, Any], out: Path) -> str:
@@ -133,6 +166,6 @@ def describe(summary: Mapping[str, Any], out: Path) -> str:
     held = sum(claim["holds"] for claim in claims)
     lines.append(
         f"  {held} of {len(claims)} claims hold; preset {summary['preset']}, "
-        f"{summary['wall_time_s']:.3g} s; see {out / 'fig'}{summary['figure']:02d}"
+        f"{summary['wall_time_s']:.3g} s; see {out / folder_name(summary['figure'])}"
     )
     return "\n".join(lines)
