@@ -8,7 +8,7 @@ finite, at two measurements in a row. The largest learning rate that stays shoul
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ def reach_minimum(config: ConfigDict, work: Path) -> Start:
     """
     validate_config(config)
     dataset = load_dataset(config)
-    params = _kept(work / "minimum.npz", lambda: train_params(config, dataset))
+    params = _trained(config, dataset, work / "minimum.npz")
     plain_loss, batches = _training_loss(config, dataset, smoothing=0.0)
     loss = float(np.mean([jax.jit(plain_loss)(params, batch) for batch in batches]))
     if not math.isfinite(loss):
@@ -73,23 +73,24 @@ def reach_minimum(config: ConfigDict, work: Path) -> Start:
     return Start(params, loss, float(top.value))
 
 
-def _kept(file: Path, make: Callable[[], PyTree]) -> PyTree:
-    """The pytree that a file holds; made, and written there, the first time."""
-    params = jax.eval_shape(make) if file.exists() else jax.device_get(make())
-    leaves, structure = jax.tree.flatten(params)
+def _trained(config: ConfigDict, dataset: Dataset, file: Path) -> PyTree:
+    """The parameters at the end of a run: those in the file, or else trained and written there."""
+    model = make_model(config, dataset.num_classes)
+    images = np.zeros((1, *dataset.train_images.shape[1:]), np.float32)
+    like = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))["params"]
     if file.exists():
         with np.load(file) as saved:
-            return jax.tree.unflatten(structure, [saved[name] for name in saved.files])
+            leaves = [saved[name] for name in saved.files]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    params = jax.device_get(train_params(config, dataset))
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial.npz")
-    np.savez(partial, *leaves)
+    np.savez(partial, *jax.tree.leaves(params))
     partial.replace(file)
     return params
 
 
-def _training_loss(
-    config: ConfigDict, dataset: Dataset, smoothing: float
-) -> tuple[Any, list[Any]]:
+def _training_loss(config: ConfigDict, dataset: Dataset, smoothing: float) -> tuple[Any, list[Any]]:
     """The mean loss of a batch in evaluation mode, and the training set in equal batches."""
     model, normalize = make_model(config, dataset.num_classes), data.normalizer(dataset)
     size = max(

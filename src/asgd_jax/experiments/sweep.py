@@ -207,7 +207,7 @@ def run_blocks(
 
 
 def train_params(config: ConfigDict, dataset: Dataset) -> PyTree:
-    """Returns the live parameters at the end of one run; traceable by `jax.eval_shape`."""
+    """Returns the live parameters at the end of one run."""
     (runs,) = group_runs([config], [0], dataset, 1, False)
     samples = put_samples(dataset, config.eval_batch_size, full_train=False)
     values = _take(_stack_values(runs, np.inf), 0)
