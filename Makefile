@@ -1,10 +1,10 @@
-# make demo | test | lint | figures. Each sets up .venv first; PYTHON picks the interpreter.
+# make demo | test | lint | figures | bench. Each sets up .venv first; PYTHON picks the interpreter.
 PYTHON ?= python3
 PY := .venv/bin/python
 # The data sets of a checkout's neighbour, unless the user names a folder.
 export TFDS_DATA_DIR ?= $(firstword $(wildcard ../shared/tfds) $(HOME)/tensorflow_datasets)
 
-.PHONY: demo test lint figures format clean
+.PHONY: demo test lint figures bench format clean
 .venv/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --requirement requirements.txt
@@ -25,6 +25,10 @@ lint: .venv/.installed
 
 figures: .venv/.installed
 	$(PY) scripts/reproduce.py --figure=all --preset=cpu --out=results
+
+# BENCH="--torch-python=PATH --only=ITEM,..." for a part, or PyTorch from another environment.
+bench: .venv/.installed
+	$(PY) scripts/bench.py --out=results/bench $(BENCH)
 
 format: .venv/.installed
 	$(PY) -m ruff check --fix .

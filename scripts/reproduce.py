@@ -27,7 +27,9 @@ def main() -> int:
 
     from asgd_jax.experiments import reproduce as figures
     from asgd_jax.experiments.results_page import write_page
+    from asgd_jax.training.compilation_cache import use_compilation_cache
 
+    use_compilation_cache()
     try:
         for figure in figures.figure_names(options.figure):
             if options.redraw:

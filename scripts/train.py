@@ -21,11 +21,13 @@ _PLAN = flags.DEFINE_bool("plan", False, "Print the memory that the run will tak
 def main(argv: list[str]) -> None:
     """Runs the configuration; a mistake of the user's is one line and exit code 2."""
     from asgd_jax.training import preemption, train
+    from asgd_jax.training.compilation_cache import use_compilation_cache
     from asgd_jax.training.mesh import initialize_processes
     from asgd_jax.training.plan import format_plan, plan_memory
 
     del argv
     _quiet()
+    use_compilation_cache()
     config = _CONFIG.value
     try:
         if config.multihost:

@@ -9,6 +9,9 @@ os.environ["XLA_FLAGS"] = (
 
 from pathlib import Path
 
+# Programs that scripts compile in tests are kept for the next test, out of the user's own cache.
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "xdg")
+
 import hypothesis
 import jax
 import pytest

@@ -47,14 +47,14 @@ def _config(
     return config
 
 
-_SCAN = (0.25, 0.5, 0.79, 1.0, 1.5, 2.0, 4.0)  # .79: the exact rule at large delays
+_SCAN = (0.25, 0.5, 0.79, 1.0, 2.0, 4.0)  # .79: the exact rule at large delays
 PRESETS = {
     "smoke": _config(
         (3, 7),
         (0.5, 1.0, 2.0),
         (0, 1),
         dataset="digits",
-        model="digits_cnn",
+        model="mlp",
         augment=False,
         num_workers=8,
         worker_batch_size=8,

@@ -63,7 +63,8 @@ def plot(records: Sequence[Record]) -> Any:
     )
     figure, axes = style.new_figure(len(panels), width=4.8, height=4.2)
     figure.suptitle(
-        f"A-SGD, delay {resnet_arms.DELAY}, learning rate / τ, against S-SGD", fontsize=14
+        f"A-SGD, delay {resnet_arms.delay_of(records)}, learning rate / τ, against S-SGD",
+        fontsize=14,
     )
     for axis, (title, arms) in zip(axes, panels, strict=True):
         for arm, colour in zip((SSGD, *arms), (style.BLUE, style.ORANGE, style.RED), strict=False):

@@ -52,6 +52,8 @@ def plot(records: Sequence[Record]) -> Any:
         train = over_seeds(rows, epochs, "train_error")
         axis.plot(train.epochs, 100 * train.mean, color=colour, linestyle="--", linewidth=1)
     axis.set(xlabel="epoch", ylabel="error (%); solid validation, dashed train")
-    axis.set_title(f"Constant or Gaussian delays of mean {resnet_arms.DELAY}: no difference")
+    axis.set_title(
+        f"Constant or Gaussian delays of mean {resnet_arms.delay_of(records)}: no difference"
+    )
     axis.legend()
     return figure

@@ -18,7 +18,7 @@ CAPTION = (
     "After many epochs at a constant learning rate the training error under delay shows spikes, "
     "with momentum and without; shifted momentum removes them."
 )
-PROXY = "a ResNet-8 of half width on 2,000 images of CIFAR-10 in the place of ResNet-44 on all"
+PROXY = "a ResNet-8 of half width on 1,000 images of CIFAR-10 in the place of ResNet-44 on all"
 DELAY = 31
 
 STANDARD, NONE, SHIFTED = "standard momentum", "no momentum", "shifted momentum"
@@ -38,7 +38,6 @@ _LEAST = 0.02  # ... and at least so much of error above it
 def _config(seeds: Sequence[int], **training: Any) -> ConfigDict:
     train = default_config()
     train.dataset, train.model, train.augment = "cifar10", "resnet44", True
-    train.model_options.zero_init_residual = True
     train.num_workers, train.worker_batch_size, train.delay = DELAY + 1, 128, DELAY
     train.learning_rate, train.learning_rate_rule = 3.1, "inverse"
     train.num_devices = 1
@@ -53,9 +52,7 @@ PRESETS = {
     "smoke": _config(
         (0,),
         dataset="digits",
-        model="mnist_cnn_bn",
-        model_options={},
-        width=0.125,
+        model="mlp",
         augment=False,
         num_train=256,
         worker_batch_size=8,
@@ -66,13 +63,13 @@ PRESETS = {
         model="resnet20",
         model_options={"stage_sizes": (1, 1, 1), "zero_init_residual": True},
         width=0.5,
-        num_train=2000,
+        num_train=1000,
         num_validation=500,
         worker_batch_size=32,
         augment=False,
-        epochs=100,
+        epochs=120,
     ),
-    "paper": _config(range(3), epochs=200),
+    "paper": _config(range(3), model_options={"zero_init_residual": True}, epochs=200),
 }
 
 

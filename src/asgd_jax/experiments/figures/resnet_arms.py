@@ -17,11 +17,12 @@ from asgd_jax.experiments.run_table import Record
 from asgd_jax.experiments.sweep import sweep
 from asgd_jax.training import default_config
 
-DELAY = 31
-PROXY = "a ResNet-8 of half width on 6,000 images of CIFAR-10 in the place of ResNet-50 on ImageNet"
+PROXY = (
+    "16 workers (tau = 15) of 16 samples, a ResNet-8 of a quarter of the width and 5,000 images "
+    "of CIFAR-10 in the place of ResNet-50 on ImageNet"
+)
 
 _HEAVY: dict[str, Any] = {"momentum_kind": "heavy_ball", "dampening": False, "momentum": 0.9}
-_EQ_8: dict[str, Any] = {"delay": DELAY, "learning_rate_rule": "inverse"}
 _CONSTANT = {"delay_distribution": "constant", "worker_schedule": "random"}
 _NORMAL = {"delay_distribution": "workers", "worker_schedule": "normal"}
 _SHIFTED = {"momentum_kind": "shifted", "dampening": True}
@@ -33,22 +34,28 @@ SQRT = "standard momentum, rate / √τ"
 NONE = "no momentum"
 SHIFTED = "shifted momentum"
 NORMAL = "shifted momentum, Gaussian delay"
-ARMS: dict[str, dict[str, Any]] = {
-    SSGD: _HEAVY | _CONSTANT | {"delay": 0, "learning_rate_rule": "none"},
-    STANDARD: _HEAVY | _CONSTANT | _EQ_8,
-    DAMPED: _HEAVY | _CONSTANT | _EQ_8 | {"dampening": True},
-    SQRT: _HEAVY | _CONSTANT | _EQ_8 | {"learning_rate_rule": "sqrt"},
-    NONE: _HEAVY | _CONSTANT | _EQ_8 | {"momentum": 0.0},
-    SHIFTED: _HEAVY | _CONSTANT | _EQ_8 | _SHIFTED,
-    NORMAL: _HEAVY | _NORMAL | _EQ_8 | _SHIFTED,
-}
+
+
+def make_arms(delay: int) -> dict[str, dict[str, Any]]:
+    """Returns the fields of every arm, by its name; `delay` is that of A-SGD."""
+    constant = _HEAVY | _CONSTANT
+    asgd = constant | {"delay": delay, "learning_rate_rule": "inverse"}
+    return {
+        SSGD: constant | {"delay": 0, "learning_rate_rule": "none"},
+        STANDARD: asgd,
+        DAMPED: asgd | {"dampening": True},
+        SQRT: asgd | {"learning_rate_rule": "sqrt"},
+        NONE: asgd | {"momentum": 0.0},
+        SHIFTED: asgd | _SHIFTED,
+        NORMAL: asgd | _SHIFTED | _NORMAL,
+    }
 
 
 def _config(seeds: Sequence[int], **training: Any) -> ConfigDict:
     """The recipe of Goyal et al. (2017): a ramp, then a tenth of the rate at 1/3, 2/3 and 8/9."""
     train = default_config()
     train.dataset, train.model, train.augment = "cifar10", "resnet20", True
-    train.num_workers, train.num_devices = DELAY + 1, 1
+    train.num_workers, train.num_devices = 32, 1
     train.weight_decay, train.weight_decay_on = 1e-4, "kernels"
     train.update(training)
     train.decay_epochs = tuple(round(train.epochs * share, 3) for share in (1 / 3, 2 / 3, 8 / 9))
@@ -62,7 +69,7 @@ PRESETS = {
     "smoke": _config(
         (0, 1),
         dataset="digits",
-        model="digits_cnn",
+        model="mlp",
         augment=False,
         worker_batch_size=4,
         learning_rate=0.5,
@@ -71,13 +78,14 @@ PRESETS = {
     "cpu": _config(
         (0, 1),
         model_options={"stage_sizes": (1, 1, 1)},
-        width=0.5,
-        num_train=6000,
+        width=0.25,
+        num_train=5000,
         num_validation=2000,
-        worker_batch_size=32,
-        learning_rate=3.1,
+        num_workers=16,
+        worker_batch_size=16,
+        learning_rate=0.6,
         warmup_epochs=1.0,
-        epochs=18,
+        epochs=15,
     ),
     # ImageNet is streamed, and no sweep of data in memory: configs/imagenet_resnet50.py has these
     # arms at full size. This preset is the full-size version of the proxy.
@@ -90,8 +98,9 @@ PRESETS = {
 
 def run(config: ConfigDict, work: Path) -> list[Record]:
     """Returns the curves of every arm and seed, with the arm's name."""
-    records = sweep(config.train, run_points(ARMS, config.seeds), work=work / "resnet_arms")
-    return with_arm(records, ARMS)
+    arms = make_arms(config.train.num_workers - 1)
+    records = sweep(config.train, run_points(arms, config.seeds), work=work / "resnet_arms")
+    return with_arm(records, arms)
 
 
 def last_epoch(records: Sequence[Record]) -> int:
@@ -102,3 +111,8 @@ def last_epoch(records: Sequence[Record]) -> int:
 def errors_of(records: Sequence[Record], arm: str) -> np.ndarray:
     """Returns an arm's final validation error, of every seed: a mean over the last two epochs."""
     return final_errors(select(records, arm=arm), last_epoch(records), rows=2)
+
+
+def delay_of(records: Sequence[Record]) -> int:
+    """Returns the delay of A-SGD."""
+    return int(max(record["delay"] for record in records))

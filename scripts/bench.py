@@ -1,0 +1,42 @@
+"""Benchmarks: python scripts/bench.py [--out=DIR] [--only=ITEM,...] [--quick]."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print its usage too."""
+        self.exit(2, f"bench.py: {message}\n")
+
+
+def main() -> int:
+    """Measures what the command line asks for; a mistake of the user's is one line and code 2."""
+    parser = _Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/bench"), help="default: results/bench"
+    )
+    parser.add_argument("--only", default="all", metavar="ITEM,...", help="default: all")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, numbers without meaning")
+    parser.add_argument(
+        "--torch-python", default=sys.executable, help="interpreter that has PyTorch"
+    )
+    options = parser.parse_args()
+
+    from asgd_jax.benchmarks.result import Options
+    from asgd_jax.benchmarks.run import item_names, run_items
+
+    try:
+        run_items(
+            item_names(options.only), options.out, Options(options.quick, options.torch_python)
+        )
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    print(f"see {options.out / 'README.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
