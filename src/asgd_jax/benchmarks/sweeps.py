@@ -17,10 +17,10 @@ from asgd_jax.benchmarks.workers import checkout
 from asgd_jax.experiments.claims import at_least, at_most
 from asgd_jax.experiments.demo import demo_config
 from asgd_jax.experiments.sweep import (
-    _runs_at_once,
-    _stack_values,
+    default_runs_at_once,
     group_runs,
     load_dataset,
+    stack_values,
     sweep,
 )
 from asgd_jax.experiments.sweep_program import compile_runs, make_run, put_samples
@@ -105,7 +105,7 @@ def make_block(case: Case, runs: int, at_once: int, num_train: int | None = None
     dataset = load_dataset(config)
     (group,) = group_runs(points, range(runs), dataset, at_once, False)
     samples = put_samples(dataset, config.eval_batch_size, full_train=False)
-    values = _stack_values(group, float("inf"))
+    values = stack_values(group, float("inf"))
     jitted: Any = compile_runs(make_run(group.shape), at_once, 1)
     program = jitted.lower(values, samples, None).compile()
     analysis = program.memory_analysis()
@@ -113,7 +113,7 @@ def make_block(case: Case, runs: int, at_once: int, num_train: int | None = None
         call=lambda: program(values, samples, None),
         updates=runs * group.shape.plan.steps_per_epoch * case.epochs,
         temp_bytes=0 if analysis is None else int(analysis.temp_size_in_bytes),
-        default_at_once=_runs_at_once(config, dataset, None),
+        default_at_once=default_runs_at_once(config, dataset),
     )
 
 

@@ -97,6 +97,8 @@ def sweep(
       ValueError: for a bad configuration or point, or a folder that holds another sweep.
       DatasetNotFoundError: when the data is neither prepared nor downloadable.
     """
+    if runs_at_once is not None and runs_at_once < 1:
+        raise ValueError(f"runs_at_once must be >= 1, got {runs_at_once}: 1 runs them one by one")
     if work is None:
         with tempfile.TemporaryDirectory() as folder:
             return sweep(
@@ -176,7 +178,7 @@ def group_runs(
         mine = [configs[index] for index in members]
         plan = plan_of(mine[0], len(dataset.train_labels))
         depth = max(_process(config, plan.steps_per_epoch).max_delay for config in mine)
-        early = _runs_at_once(mine[0], dataset, runs_at_once) == 1
+        early = (runs_at_once or default_runs_at_once(mine[0], dataset)) == 1
         shape = Shape(mine[0], plan, dataset, depth, stop_early=early, full_train=full_train)
         found.append(Runs(shape, members, mine))
     return found
@@ -191,10 +193,10 @@ def run_blocks(
 ) -> Iterator[list[tuple[int, list[Record]]]]:
     """Yields finished runs, (index, rows), a block at a time."""
     config = runs.shape.config
-    at_once = _runs_at_once(config, runs.shape.dataset, runs_at_once)
+    at_once = runs_at_once or default_runs_at_once(config, runs.shape.dataset)
     num_devices = config.num_devices or jax.device_count()
     program = compile_runs(make_run(runs.shape), at_once, num_devices)
-    stacked = _stack_values(runs, leave_loss)
+    stacked = stack_values(runs, leave_loss)
     size = at_once * num_devices
     for start in range(0, len(runs.indices), size):
         members = np.minimum(np.arange(start, start + size), len(runs.indices) - 1)
@@ -210,7 +212,7 @@ def train_params(config: ConfigDict, dataset: Dataset) -> PyTree:
     """Returns the live parameters at the end of one run."""
     (runs,) = group_runs([config], [0], dataset, 1, False)
     samples = put_samples(dataset, config.eval_batch_size, full_train=False)
-    values = _take(_stack_values(runs, np.inf), 0)
+    values = _take(stack_values(runs, np.inf), 0)
     return jax.jit(make_run(runs.shape))(values, samples, None)[1]
 
 
@@ -233,11 +235,8 @@ def _program_key(config: ConfigDict, dataset: Dataset) -> str:
     return str(sorted(fields.items()))
 
 
-def _runs_at_once(config: ConfigDict, dataset: Dataset, asked: int | None) -> int:
-    if asked is not None:
-        if asked < 1:
-            raise ValueError(f"runs_at_once must be >= 1, got {asked}: 1 runs them one by one")
-        return asked
+def default_runs_at_once(config: ConfigDict, dataset: Dataset) -> int:
+    """Returns how many runs of a configuration are quickest in one `vmap` on JAX's backend."""
     image = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
     model = make_model(config, dataset.num_classes)
     variables = jax.eval_shape(
@@ -251,8 +250,8 @@ def _process(config: ConfigDict, steps_per_epoch: int) -> DelayProcess:
     return make_delay_process(config, steps_per_epoch * config.epochs)
 
 
-def _stack_values(runs: Runs, leave_loss: float) -> RunValues:
-    """The data of all runs, on the host, along a leading axis."""
+def stack_values(runs: Runs, leave_loss: float) -> RunValues:
+    """Returns the data of all runs, on the host, along a leading axis."""
     steps_per_epoch = runs.shape.plan.steps_per_epoch
     constant = all(config.delay_distribution == "constant" for config in runs.configs)
     num_updates = max(config.epochs for config in runs.configs) * steps_per_epoch

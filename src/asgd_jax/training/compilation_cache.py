@@ -13,8 +13,8 @@ def use_compilation_cache() -> str:
     (XDG_CACHE_HOME or ~/.cache). What is kept there are programs, found by their code, options
     and versions: deleting the folder costs nothing but time.
     """
-    folder = jax.config.jax_compilation_cache_dir
-    if folder is None:
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")  # JAX reads it by itself
+    if not folder:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = str(Path(home) / "asgd_jax" / "compiled")
         jax.config.update("jax_compilation_cache_dir", folder)
