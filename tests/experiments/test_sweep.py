@@ -29,8 +29,7 @@ def curve(records, point, column):
 
 POINTS = [
     {"learning_rate": rate, "delay": delay, "num_workers": delay + 1, "seed": seed}
-    for rate in (0.05, 0.2)
-    for delay, seed in ((0, 0), (3, 0), (3, 1))
+    for rate, delay, seed in ((0.05, 0, 0), (0.05, 3, 1), (0.2, 3, 0))
 ]
 
 

@@ -61,7 +61,7 @@ def sweep(
     config: ConfigDict,
     points: Sequence[Point],
     *,
-    work: Path | None = None,
+    work: str | Path | None = None,
     runs_at_once: int | None = None,
     initial: PyTree | None = None,
     leave_loss: float = np.inf,
@@ -111,7 +111,7 @@ def sweep(
                 progress=progress,
             )
     configs = [point_config(config, point) for point in points]
-    table = open_table(work, _fingerprint(config, initial, leave_loss))
+    table = open_table(Path(work), _fingerprint(config, initial, leave_loss))
     missing = [index for index, point in enumerate(points) if run_key(point) not in table.runs]
     if missing:
         dataset = load_dataset(config)

@@ -1,0 +1,102 @@
+"""The search for the rate at which a minimum is left, against a minimum whose edge is known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from asgd_jax import stability
+from asgd_jax.experiments import escape
+from asgd_jax.experiments.escape import Start, find_edges, grid_rate, has_left, num_epochs
+from asgd_jax.training import default_config
+
+START = Start(params={}, loss=0.02, sharpness=5.0)
+
+
+def rows_of(point, left):
+    losses = [0.5, 3.0] if left else [0.02, 0.02, 0.02]
+    return [
+        {**point, "epoch": k + 1, "steps": 8 * (k + 1), "full_train_loss": loss, "diverged_at": -1}
+        for k, loss in enumerate(losses)
+    ]
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 1.07, 5.0])
+def test_the_search_brackets_an_edge_wherever_it_is(monkeypatch, tmp_path, factor):
+    """Edges far below and above S-SGD's, with neighbouring rates at the end, in few runs."""
+    runs = []
+
+    def edge(delay):
+        return factor * stability.max_learning_rate(delay, sharpness=START.sharpness)
+
+    def fake_sweep(config, points, **_):
+        runs.extend(points)
+        return [
+            row
+            for point in points
+            for row in rows_of(point, point["learning_rate"] > edge(point["delay"]))
+        ]
+
+    monkeypatch.setattr(escape, "sweep", fake_sweep)
+    config = default_config()
+    config.worker_batch_size = 64
+    records = find_edges(config, START, (1, 4, 32), (0, 1), tmp_path, above=(1, 3))
+    for delay in (1, 4, 32):
+        for seed in (0, 1):
+            mine = [r for r in records if (r["delay"], r["seed"]) == (delay, seed)]
+            left = min(r["learning_rate"] for r in mine if r["left"])
+            stayed = max(r["learning_rate"] for r in mine if not r["left"])
+            assert stayed <= edge(delay) < left
+            assert left / stayed == pytest.approx(1 + escape.RESOLUTION, rel=1e-4)
+            indices = {r["index"] for r in mine}
+            upper = min(r["index"] for r in mine if r["left"])
+            assert {upper + 1, upper + 3} <= indices
+            assert len(indices) < 20
+    assert len(runs) == len({tuple(sorted(point.items())) for point in runs})
+    assert {record["minimum_loss"] for record in records} == {START.loss}
+
+
+def test_a_minimum_that_is_none_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        escape, "sweep", lambda config, points, **_: [r for p in points for r in rows_of(p, True)]
+    )
+    with pytest.raises(ValueError, match="is this a minimum"):
+        find_edges(default_config(), START, (1,), (0,), tmp_path)
+
+
+@pytest.mark.parametrize("delay", [0, 1, 8, 32])
+@pytest.mark.parametrize("steps_per_epoch", [1, 7, 100])
+def test_every_run_has_time_for_twelve_e_folds(delay, steps_per_epoch):
+    epochs, between = num_epochs(delay, steps_per_epoch)
+    step = 1.08 * stability.max_learning_rate(delay)
+    assert epochs * steps_per_epoch >= 12 * stability.growth_time(delay, step=step)
+    assert epochs % between == 0
+
+
+def test_left_is_two_measurements_in_a_row_or_divergence():
+    def rows(*losses, diverged_at=-1):
+        return [{"full_train_loss": loss, "diverged_at": diverged_at} for loss in losses]
+
+    assert not has_left(rows(0.1, 5.0, 0.1, 5.0), 1.0)
+    assert has_left(rows(0.1, 5.0, 5.0, 0.1), 1.0)
+    assert has_left(rows(0.1, math.nan, math.nan), 1.0)
+    assert has_left(rows(0.1, diverged_at=7), 1.0)
+
+
+def test_the_grid_has_eight_per_cent_steps_from_the_edge_of_s_sgd():
+    rates = np.array([grid_rate(4.0, index) for index in range(-3, 4)])
+    assert rates[3] == 0.5
+    assert rates[1:] / rates[:-1] == pytest.approx(np.full(6, 1.08), rel=1e-4)
+
+
+def test_a_minimum_is_trained_once(tmp_path, monkeypatch):
+    config = default_config()
+    config.model, config.epochs, config.num_devices = "mlp", 2, 1
+    config.model_options.hidden = (8,)
+    config.num_train, config.num_workers, config.worker_batch_size = 128, 1, 32
+    config.learning_rate = 0.1
+    first = escape.reach_minimum(config, tmp_path)
+    monkeypatch.setattr(escape, "train_params", None)
+    again = escape.reach_minimum(config, tmp_path)
+    assert (first.loss, first.sharpness) == pytest.approx((again.loss, again.sharpness), rel=1e-6)
+    assert first.sharpness > 0
