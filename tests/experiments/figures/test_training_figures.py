@@ -1,6 +1,7 @@
 """The figures of training runs: every preset is valid, smoke runs through, killed ones go on."""
 
 import importlib
+import importlib.util
 import signal
 import subprocess
 import sys
@@ -36,6 +37,26 @@ def test_presets_differ_in_configuration_only(figure):
     for config in presets.values():
         (train,) = training_configs(config)
         validate_config(train)
+
+
+@pytest.mark.parametrize(
+    ("figure", "file", "arm"),
+    [
+        ("1", "mnist_cnn", "ssgd"),
+        ("2", "cifar10_vgg11", "ssgd"),
+        ("3", "cifar10_vgg11", "ssgd"),
+        ("11", "cifar10_resnet44", "no_momentum"),
+    ],
+)
+def test_the_paper_preset_is_the_shipped_config(figure, file, arm):
+    spec = importlib.util.spec_from_file_location(file, ROOT / "configs" / f"{file}.py")
+    shipped = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(shipped)
+    config = importlib.import_module(driver.FIGURES[figure]).PRESETS["paper"]
+    (train,) = training_configs(config)
+    train, wanted = train.to_dict(), shipped.get_config(arm).to_dict()
+    different = {field for field in wanted if train[field] != wanted[field]}
+    assert different <= {"epochs"}
 
 
 @pytest.mark.parametrize("group", GROUPS, ids="+".join)

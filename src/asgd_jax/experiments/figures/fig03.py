@@ -78,7 +78,7 @@ PRESETS = {
         epochs=12,
         eval_every_epochs=2,
     ),
-    "paper": _config((1, 3, 7, 15, 31), _SCAN, range(5), epochs=200),
+    "paper": _config((1, 3, 7, 15, 31), _SCAN, range(5), epochs=200, num_devices=None),
 }
 
 

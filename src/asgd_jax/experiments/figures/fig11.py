@@ -69,7 +69,9 @@ PRESETS = {
         augment=False,
         epochs=120,
     ),
-    "paper": _config(range(3), model_options={"zero_init_residual": True}, epochs=200),
+    "paper": _config(
+        range(3), model_options={"zero_init_residual": True}, epochs=200, num_devices=None
+    ),
 }
 
 

@@ -40,7 +40,7 @@ PRESETS = {
         epochs=3,
     ),
     "cpu": _config(_SCAN, (0, 1), epochs=6),
-    "paper": _config(_SCAN, range(5), epochs=50),
+    "paper": _config(_SCAN, range(5), epochs=50, num_devices=None),
 }
 
 

@@ -91,7 +91,7 @@ PRESETS = {
     # arms at full size. This preset is the full-size version of the proxy.
     "paper": _config(
         range(5), model="resnet44", worker_batch_size=128, learning_rate=3.1, warmup_epochs=5.0,
-        epochs=200,
+        epochs=200, num_devices=None,
     ),
 }  # fmt: skip
 

@@ -74,7 +74,7 @@ PRESETS = {
     ),
     "paper": _config(
         (1, 3, 7, 15, 31), (0, 1, 2), (1, 2, 4, 8, 16, 32), worker_batch_size=128, epochs=200,
-        augment=True,
+        augment=True, num_devices=None,
     ),
 }  # fmt: skip
 
