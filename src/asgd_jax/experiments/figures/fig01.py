@@ -92,9 +92,12 @@ def _plot_final(axis: Any, records: Sequence[Record], last: int, rates: Sequence
     finals = [100 * final_errors(_asgd(records, rate), last) for rate in rates]
     ssgd = 100 * final_errors(select(records, delay=0), last)
     axis.axhline(ssgd.mean(), color=style.BLACK, linestyle="--", linewidth=1.3)
-    axis.text(rates[0], ssgd.mean(), "S-SGD, no delay", va="top", fontsize=10, color=style.BLACK)
+    axis.text(
+        0.99, ssgd.mean(), "S-SGD, no delay", ha="right", va="bottom", fontsize=10,
+        transform=axis.get_yaxis_transform(),
+    )  # fmt: skip
     axis.axvline(rates[-1] / DELAY, color=style.GREEN, linestyle=":", linewidth=1.6)
-    axis.text(rates[-1] / DELAY, 30, " eq. 8:\n S-SGD's rate / τ", color=style.GREEN, fontsize=10)
+    axis.text(rates[-1] / DELAY, 25, "eq. 8: S-SGD's \nrate / τ ", color=style.GREEN, ha="right")
     axis.errorbar(
         rates,
         [values.mean() for values in finals],

@@ -50,7 +50,7 @@ def plot(records: Sequence[Record]) -> Any:
         best = int(np.argmin(values))
         axis.plot(rates[best], values[best], "o", markersize=14, fillstyle="none", color=colour)
     axis.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="validation error (%)")
-    axis.set_title(f"Delay {DELAY}: the best rate (ringed) is eq. 8's from the start")
+    axis.set_title(f"Delay {DELAY}: the best learning rate (ringed), epoch by epoch")
     axis.legend()
     return figure
 

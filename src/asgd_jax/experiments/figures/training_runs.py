@@ -14,11 +14,20 @@ _DIVERGED = {"validation_error": CHANCE, "train_error": CHANCE}
 
 
 class Curve(NamedTuple):
-    """Mean and standard deviation over seeds, an entry an epoch; float64 arrays (num_epochs,)."""
+    """A column over epochs, all seeds together; float64 arrays of shape (num_epochs,).
+
+    Attributes:
+      epochs: whole numbers.
+      mean: over the seeds.
+      std: standard deviation over the seeds, 0 for one seed.
+      low, high: one standard deviation below and above the mean, within what the seeds gave.
+    """
 
     epochs: np.ndarray
     mean: np.ndarray
     std: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
 
 def select(records: Sequence[Record], **fields: Any) -> list[Record]:
@@ -57,10 +66,12 @@ def by_seed(
 
 
 def over_seeds(records: Sequence[Record], epochs: Sequence[float], column: str) -> Curve:
-    """Returns the mean over seeds and its spread: one standard deviation (0 for one seed)."""
+    """Returns the mean over seeds and its spread."""
     values = np.stack(list(by_seed(records, epochs, column).values()))
     std = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
-    return Curve(np.asarray(epochs, np.float64), values.mean(axis=0), std)
+    mean = values.mean(axis=0)
+    low, high = np.fmax(mean - std, values.min(axis=0)), np.fmin(mean + std, values.max(axis=0))
+    return Curve(np.asarray(epochs, np.float64), mean, std, low, high)
 
 
 def final_errors(
@@ -80,8 +91,8 @@ def did_diverge(records: Sequence[Record]) -> bool:
 def plot_curve(axis: Any, curve: Curve, *, scale: float = 100.0, **look: Any) -> None:
     """Draws a mean and a band of one standard deviation; errors in percent by default."""
     (line,) = axis.plot(curve.epochs, scale * curve.mean, **look)
-    low, high = scale * (curve.mean - curve.std), scale * (curve.mean + curve.std)
-    axis.fill_between(curve.epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    band = scale * curve.low, scale * curve.high
+    axis.fill_between(curve.epochs, *band, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 def run_points(arms: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:
