@@ -162,11 +162,33 @@ def test_runs_leave_from_given_parameters():
     assert len(left) == 6 or above[-2:] == [True, True]
 
 
+@pytest.mark.realdata
+def test_streamed_data_is_trained_run_by_run(tmp_path):
+    config = small_config(
+        dataset="imagenet2012", image_size=32, num_train=None, worker_batch_size=100, epochs=1
+    )
+    points = [{"delay": 3, "learning_rate": rate} for rate in (1e-3, 1e6)]
+    records = sweep(config, points, work=tmp_path)
+    assert [record["learning_rate"] for record in records] == [0.001, 1_000_000]
+    assert records[0]["steps"] == 8
+    assert records[0]["diverged_at"] == -1
+    assert 0 < records[1]["diverged_at"] < 8
+    assert set(records[0]) == {"epoch", "full_train_loss", *points[0], *read_columns()}
+    with pytest.raises(ValueError, match="lives in memory"):
+        sweep(config, points, work=tmp_path / "other", leave_loss=1.0)
+
+
+def read_columns():
+    return {
+        *("steps", "train_loss", "train_error", "validation_loss", "validation_error"),
+        "diverged_at",
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "point", "message"),
     [
         ({}, {"learning_rat": 1.0}, "learning_rat"),
-        ({"dataset": "imagenet2012"}, {"seed": 0}, "streamed"),
         ({"batch_stats": "recalibrate"}, {"seed": 0}, "recalibrate"),
         ({}, {"delay": 2}, "delay=2 with num_workers=4"),
         ({"num_devices": 99}, {"seed": 0}, "num_devices=99"),

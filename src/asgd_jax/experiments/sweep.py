@@ -16,6 +16,7 @@ from asgd_jax import data
 from asgd_jax.data.in_memory import Dataset
 from asgd_jax.delays import DelayProcess
 from asgd_jax.experiments.run_table import Cell, Record, add_runs, open_table, run_key
+from asgd_jax.experiments.single_runs import Finished, refuse_options, train_each, with_epochs
 from asgd_jax.experiments.sweep_program import (
     RunValues,
     Samples,
@@ -25,6 +26,7 @@ from asgd_jax.experiments.sweep_program import (
     put_samples,
     rows_of,
 )
+from asgd_jax.training import streamed_feed
 from asgd_jax.training.config import validate_config
 from asgd_jax.training.feed import plan_of
 from asgd_jax.training.optimizer import Values, effective_learning_rate, make_delay_process
@@ -75,8 +77,8 @@ def sweep(
     that diverges is recorded and stops none of the others.
 
     Args:
-      config: what all points share; see `training.default_config`. The data set must be one that
-        lives in memory, and `batch_stats` not "recalibrate".
+      config: what all points share; see `training.default_config`. Data that is streamed is no part
+        of a compiled program: `train` makes these runs one after another.
       points: for each run, the fields that it changes; all points name the same fields.
       work: folder of records.csv. Runs found there are not repeated, so that a killed sweep goes
         on where it was. A temporary one by default.
@@ -113,19 +115,36 @@ def sweep(
     configs = [point_config(config, point) for point in points]
     table = open_table(Path(work), _fingerprint(config, initial, leave_loss))
     missing = [index for index, point in enumerate(points) if run_key(point) not in table.runs]
-    if missing:
-        dataset = load_dataset(config)
-        full_train = bool(np.isfinite(leave_loss))
-        samples = put_samples(dataset, config.eval_batch_size, full_train=full_train)
-        total = sum(configs[index].epochs for index in missing)
-        with _progress_bar(total, progress) as bar:
-            for runs in group_runs(configs, missing, dataset, runs_at_once, full_train):
-                steps = runs.shape.plan.steps_per_epoch
-                for finished in run_blocks(runs, samples, initial, leave_loss, runs_at_once):
-                    done = [(points[k], _label(points[k], rows, steps)) for k, rows in finished]
-                    table = add_runs(table, done)
-                    bar.update(sum(configs[index].epochs for index, _ in finished))
+    if config.dataset in streamed_feed.DATASETS:
+        refuse_options(initial, leave_loss)
+        blocks = train_each(configs, missing, Path(work) / "runs", progress=progress)
+    else:
+        blocks = _compiled(configs, missing, initial, leave_loss, runs_at_once)
+    with _progress_bar(sum(configs[index].epochs for index in missing), progress) as bar:
+        for finished in blocks:
+            rows = [(points[k], [{**points[k], **row} for row in found]) for k, found in finished]
+            table = add_runs(table, rows)
+            bar.update(sum(configs[index].epochs for index, _ in finished))
     return [record for point in points for record in table.runs[run_key(point)]]
+
+
+def _compiled(
+    configs: Sequence[ConfigDict],
+    indices: Sequence[int],
+    initial: PyTree | None,
+    leave_loss: float,
+    runs_at_once: int | None,
+) -> Iterator[Finished]:
+    """Yields finished runs of data that lives in memory, a block at a time."""
+    if not indices:
+        return
+    dataset = load_dataset(configs[indices[0]])
+    full_train = bool(np.isfinite(leave_loss))
+    samples = put_samples(dataset, configs[0].eval_batch_size, full_train=full_train)
+    for runs in group_runs(configs, indices, dataset, runs_at_once, full_train):
+        steps = runs.shape.plan.steps_per_epoch
+        for finished in run_blocks(runs, samples, initial, leave_loss, runs_at_once):
+            yield [(index, with_epochs(rows, steps)) for index, rows in finished]
 
 
 def point_config(config: ConfigDict, point: Point) -> ConfigDict:
@@ -140,14 +159,10 @@ def point_config(config: ConfigDict, point: Point) -> ConfigDict:
             raise ValueError(f"points change {field!r}, which is no field of a configuration")
         changed[field] = value
     validate_config(changed)
-    if changed.dataset not in data.DATASETS:
-        raise ValueError(
-            f"dataset={changed.dataset!r} is streamed: a sweep needs one of "
-            f"{', '.join(data.DATASETS)}; run scripts/train.py for each point"
-        )
-    for field, value in (("batch_stats", "recalibrate"), ("parallelism", "pmap")):
-        if changed[field] == value:
-            raise ValueError(f"{field}={value!r} is not done in a sweep: use the default")
+    if changed.dataset not in streamed_feed.DATASETS:
+        for field, value in (("batch_stats", "recalibrate"), ("parallelism", "pmap")):
+            if changed[field] == value:
+                raise ValueError(f"{field}={value!r} is not done in a sweep: use the default")
     return changed
 
 
@@ -190,7 +205,7 @@ def run_blocks(
     initial: PyTree | None,
     leave_loss: float,
     runs_at_once: int | None,
-) -> Iterator[list[tuple[int, list[Record]]]]:
+) -> Iterator[Finished]:
     """Yields finished runs, (index, rows), a block at a time."""
     config = runs.shape.config
     at_once = runs_at_once or default_runs_at_once(config, runs.shape.dataset)
@@ -287,11 +302,6 @@ def _fingerprint(config: ConfigDict, initial: PyTree | None, leave_loss: float) 
 
 def _leaves(tree: PyTree) -> list[np.ndarray]:
     return [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(jax.device_get(tree))]
-
-
-def _label(point: Point, rows: Sequence[Record], steps_per_epoch: int) -> list[Record]:
-    """The rows with the point's fields before them, and the epoch."""
-    return [{**point, "epoch": round(row["steps"] / steps_per_epoch, 6)} | row for row in rows]
 
 
 def _progress_bar(total: int, show: bool) -> Any:

@@ -14,8 +14,9 @@ from asgd_jax.experiments.figures.training_runs import (
     with_arm,
 )
 from asgd_jax.experiments.run_table import Record
-from asgd_jax.experiments.sweep import sweep
+from asgd_jax.experiments.sweep import point_config, sweep
 from asgd_jax.training import default_config
+from asgd_jax.training.optimizer import effective_learning_rate
 
 PROXY = (
     "16 workers (tau = 15) of 16 samples, a ResNet-8 of a quarter of the width and 5,000 images "
@@ -51,8 +52,11 @@ def make_arms(delay: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def _config(seeds: Sequence[int], **training: Any) -> ConfigDict:
-    """The recipe of Goyal et al. (2017): a ramp, then a tenth of the rate at 1/3, 2/3 and 8/9."""
+def _config(seeds: Sequence[int], *, ramp_from: float = 0.0, **training: Any) -> ConfigDict:
+    """The recipe of Goyal et al. (2017): a ramp, then a tenth of the rate at 1/3, 2/3 and 8/9.
+
+    The ramp begins at the learning rate `ramp_from`, the same for every arm.
+    """
     train = default_config()
     train.dataset, train.model, train.augment = "cifar10", "resnet20", True
     train.num_workers, train.num_devices = 32, 1
@@ -61,6 +65,7 @@ def _config(seeds: Sequence[int], **training: Any) -> ConfigDict:
     train.decay_epochs = tuple(round(train.epochs * share, 3) for share in (1 / 3, 2 / 3, 8 / 9))
     config = ConfigDict()
     config.train = train
+    config.ramp_from = ramp_from
     config.seeds = tuple(seeds)
     return config
 
@@ -87,11 +92,10 @@ PRESETS = {
         warmup_epochs=1.0,
         epochs=15,
     ),
-    # ImageNet is streamed, and no sweep of data in memory: configs/imagenet_resnet50.py has these
-    # arms at full size. This preset is the full-size version of the proxy.
     "paper": _config(
-        range(5), model="resnet44", worker_batch_size=128, learning_rate=3.1, warmup_epochs=5.0,
-        epochs=200, num_devices=None,
+        (0,), ramp_from=0.1, dataset="imagenet2012", augment=False, model="resnet50",
+        worker_batch_size=256, learning_rate=3.2, momentum=0.9, warmup_epochs=5.0, epochs=90,
+        eval_batch_size=1024, num_devices=None,
     ),
 }  # fmt: skip
 
@@ -99,6 +103,10 @@ PRESETS = {
 def run(config: ConfigDict, work: Path) -> list[Record]:
     """Returns the curves of every arm and seed, with the arm's name."""
     arms = make_arms(config.train.num_workers - 1)
+    if config.ramp_from:
+        for arm in arms.values():
+            peak = effective_learning_rate(point_config(config.train, arm))
+            arm["warmup_from"] = float(f"{config.ramp_from / peak:.6g}")
     records = sweep(config.train, run_points(arms, config.seeds), work=work / "resnet_arms")
     return with_arm(records, arms)
 
