@@ -28,7 +28,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
     line = fit_line(delays, [1.0 / edge.mean() for edge in edges])
     full = select(records, series=FULL_BATCH)
     return [
-        at_least("delays that the line is fitted to", len(delays), 3),
+        at_least("delays that the line is fitted to", len(delays), 5),
         at_least("1/eta_max is linear in the delay, mini-batch runs: R^2", line.r_squared, 0.98),
         at_most(
             "full batch: measured and predicted edge differ by at most, relative",
