@@ -40,7 +40,7 @@ _VALUES = ("learning_rate", "learning_rate_rule", "momentum", "seed")
 _DELAYS = ("delay", "num_workers", "delay_distribution", "delay_std", "worker_schedule")
 _ROWS = ("epochs", "eval_every_epochs")  # only how many of the latter the former are is structure
 # On a CPU runs share a `vmap` where a step is so small that the calls of its operations, not their
-# arithmetic, take the time; `make bench` measures where that ends.
+# arithmetic, take the time: small models without convolutions. `make bench` measures it.
 _SMALL_MODEL = 20_000  # parameters
 _RUNS_AT_ONCE = 8
 
@@ -83,7 +83,7 @@ def sweep(
       work: folder of records.csv. Runs found there are not repeated, so that a killed sweep goes
         on where it was. A temporary one by default.
       runs_at_once: runs of one `vmap`; the rest follow by `lax.map`. By default 1 on a CPU, 8 for
-        models below 20,000 parameters and on accelerators.
+        models without convolutions below 20,000 parameters, and on accelerators.
       initial: parameters to start every run from, with a history full of them; those of the run's
         seed by default.
       leave_loss: a run ends when its loss on the whole training set, in evaluation mode, exceeds
@@ -210,9 +210,10 @@ def run_blocks(
     config = runs.shape.config
     at_once = runs_at_once or default_runs_at_once(config, runs.shape.dataset)
     num_devices = config.num_devices or jax.device_count()
+    at_once = min(at_once, -(-len(runs.indices) // num_devices))
+    size = at_once * num_devices
     program = compile_runs(make_run(runs.shape), at_once, num_devices)
     stacked = stack_values(runs, leave_loss)
-    size = at_once * num_devices
     for start in range(0, len(runs.indices), size):
         members = np.minimum(np.arange(start, start + size), len(runs.indices) - 1)
         block = _take(stacked, members)
@@ -257,7 +258,9 @@ def default_runs_at_once(config: ConfigDict, dataset: Dataset) -> int:
     variables = jax.eval_shape(
         lambda image: model.init(jax.random.key(0), image, train=False), image
     )
-    small = num_params(variables["params"]) < _SMALL_MODEL
+    params = variables["params"]
+    dense = all(leaf.ndim <= 2 for leaf in jax.tree.leaves(params))
+    small = dense and num_params(params) < _SMALL_MODEL
     return _RUNS_AT_ONCE if small or jax.default_backend() != "cpu" else 1
 
 
