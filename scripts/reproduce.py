@@ -38,7 +38,8 @@ def main() -> int:
                 summary = figures.reproduce(figure, options.preset, options.out)
             print(figures.describe(summary, options.out), flush=True)
             write_page(options.out)
-        figures.clean_work(options.out)
+        if not options.redraw:
+            figures.clean_work(options.out)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     return 0

@@ -38,7 +38,7 @@ def test_a_figure_writes_three_files_and_the_same_table_again(tmp_path):
     assert os.listdir(tmp_path) == ["fig06"]
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert set(summary) == {
-        *("figure", "caption", "preset", "proxy", "config", "claims", "wall_time_s"),
+        *("figure", "caption", "preset", "proxy", "config", "claims", "wall_time_s", "found_runs"),
         *("versions", "device", "commit"),
     }
     assert summary["config"] == {"max_delay": 64, "stride": 8}

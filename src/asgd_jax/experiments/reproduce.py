@@ -98,8 +98,10 @@ def reproduce(figure: str, preset: str, out: Path) -> dict[str, Any]:
     config = module.PRESETS[preset]
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
+    work = out / _WORK / preset
+    resumed = figure in TRAINED and work.exists()
     if figure in TRAINED:
-        records = module.run(config, out / _WORK / preset)
+        records = module.run(config, work)
     else:
         records = module.run(config)
     description = {
@@ -109,6 +111,7 @@ def reproduce(figure: str, preset: str, out: Path) -> dict[str, Any]:
         "proxy": getattr(module, "PROXY", None) if preset != "paper" else None,
         "config": config._asdict() if hasattr(config, "_asdict") else config.to_dict(),
         "wall_time_s": round(time.perf_counter() - start, 3),
+        "found_runs": resumed,  # of an earlier command, whose time is not in wall_time_s
         **environment(),
     }
     return _write(figure, records, description, out)

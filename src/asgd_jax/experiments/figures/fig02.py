@@ -44,7 +44,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
 
 
 def plot(records: Sequence[Record]) -> Any:
-    """Returns the figure: epochs to leave against the rate; one over the edge against the delay."""
+    """Returns the figure: updates until it left, by rate; one over the edge, by delay."""
     figure, (left, right) = style.new_figure(2, width=6.2, height=4.6)
     figure.suptitle("Which learning rates leave a minimum? The edge falls as 1/τ", fontsize=14)
     runs = edge_runs(records)
@@ -52,11 +52,13 @@ def plot(records: Sequence[Record]) -> Any:
     for index, delay in enumerate(delays):
         colour = style.COLOURS[index % len(style.COLOURS)]
         mine = [run for (d, _), found in runs.items() if d == delay for run in found]
-        gone = sorted((run["learning_rate"], run["steps"]) for run in mine if run["left"])
-        left.plot(
-            *zip(*gone, strict=True), "o-", color=colour, markersize=4, linewidth=1.2,
-            label=f"τ = {delay}",
-        )  # fmt: skip
+        for seed in sorted({run["seed"] for run in mine}):
+            gone = sorted(
+                (run["learning_rate"], run["steps"]) for run in select(mine, seed=seed, left=1)
+            )
+            label = f"τ = {delay}" if seed == mine[0]["seed"] else None
+            look = {"color": colour, "markersize": 4, "linewidth": 1.0, "label": label}
+            left.plot(*zip(*gone, strict=True), "o-", **look)
         edge = np.mean([run["lower"] for run in mine])
         left.axvline(edge, color=colour, linestyle=":", linewidth=1.2)
         left.plot([edge], [0.02], "o", color=style.BLACK, transform=left.get_xaxis_transform())
