@@ -10,12 +10,7 @@ from ml_collections import ConfigDict
 from asgd_jax import stability
 from asgd_jax.experiments import style
 from asgd_jax.experiments.claims import Claim, at_most
-from asgd_jax.experiments.figures.training_runs import (
-    did_diverge,
-    final_errors,
-    run_points,
-    select,
-)
+from asgd_jax.experiments.figures.training_runs import final_errors, run_points, select
 from asgd_jax.experiments.run_table import Record
 from asgd_jax.experiments.sweep import sweep
 from asgd_jax.training import default_config
@@ -101,11 +96,11 @@ def claims(records: Sequence[Record]) -> list[Claim]:
         errors = {rate: _errors(records, delay, rate) for rate in rates}
         eq_8 = min(rates, key=lambda rate: abs(np.log(rate * delay / baseline)))
         best = min(rates, key=lambda rate: errors[rate].mean())
-        spread = max(_CLOSE, ssgd.std(ddof=1) + errors[eq_8].std(ddof=1))
+        spread = max(_CLOSE, ssgd.std(ddof=1))
         found += [
             at_most(
                 f"tau = {delay}: error at eq. 8's rate less S-SGD's "
-                f"(bound: {_CLOSE} or the sum of both standard deviations)",
+                f"(bound: S-SGD's standard deviation, or {_CLOSE})",
                 errors[eq_8].mean() - ssgd.mean(),
                 float(spread),
             ),
@@ -124,24 +119,22 @@ def plot(records: Sequence[Record]) -> Any:
     figure, (axis,) = style.new_figure(1, width=8.5, height=5)
     axis.axhline(100 * ssgd.mean(), color=style.BLACK, linestyle="--", linewidth=1.3)
     axis.text(1.0, 100 * ssgd.mean(), " S-SGD", transform=axis.get_yaxis_transform(), va="center")
-    top = 0.0
     for index, (delay, rates) in enumerate(_rates(records).items()):
         colour = style.COLOURS[index % len(style.COLOURS)]
-        fine = [rate for rate in rates if not _diverges(records, delay, rate)]
-        errors = [100 * _errors(records, delay, rate) for rate in fine]
-        mean = np.array([each.mean() for each in errors])
-        std = np.array([each.std(ddof=1) for each in errors])
-        axis.plot(fine, mean, color=colour, marker=style.MARKERS[index], label=f"τ = {delay}")
-        axis.fill_between(fine, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
-        axis.axvline(baseline / delay, color=colour, linestyle="--", linewidth=1)
+        errors = np.stack([100 * _errors(records, delay, rate) for rate in rates])
+        mean, std = errors.mean(axis=1), errors.std(axis=1, ddof=1)
+        axis.plot(rates, mean, color=colour, marker=style.MARKERS[index], label=f"τ = {delay}")
+        # One standard deviation, within what the seeds gave: on this axis there is nothing below 0.
+        low, high = np.fmax(mean - std, errors.min(axis=1)), np.fmin(mean + std, errors.max(axis=1))
+        axis.fill_between(rates, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.axvline(baseline / delay, color=colour, linestyle="--", linewidth=1.2)
         exact = stability.rescale_learning_rate(baseline, delay, rule="exact")
-        axis.axvline(exact, color=colour, linestyle=":", linewidth=1)
-        top = max(top, float(np.max(mean[np.abs(np.log(np.array(fine) * delay / baseline)) < 1])))
-    axis.set(xscale="log", xlabel="learning rate", ylabel="final validation error (%)")
-    low, _ = axis.get_ylim()
-    axis.set_ylim(low, max(2.5 * 100 * ssgd.mean(), 1.1 * top))
+        axis.axvline(exact, color=colour, linestyle=":", linewidth=1.2)
+    axis.set(
+        xscale="log", yscale="log", xlabel="learning rate", ylabel="final validation error (%)"
+    )
     axis.set_title(
-        "The lowest error moves with 1/τ\n"
+        "Just above the rate of eq. 8 the error leaps up, for every delay\n"
         "vertical: eq. 8, dashed S-SGD's rate / τ, dotted the exact rule"
     )
     axis.legend()
@@ -169,7 +162,3 @@ def _rates(records: Sequence[Record]) -> dict[int, list[float]]:
 def _errors(records: Sequence[Record], delay: int, rate: float) -> np.ndarray:
     rows = select(records, delay=delay, learning_rate=rate)
     return final_errors(rows, _last(records), rows=_LAST_ROWS)
-
-
-def _diverges(records: Sequence[Record], delay: int, rate: float) -> bool:
-    return did_diverge(select(records, delay=delay, learning_rate=rate))
