@@ -43,7 +43,12 @@ def claims(records: Sequence[Record]) -> list[Claim]:
         at_most(
             "no momentum and shifted momentum differ by", abs(error[NONE] - error[SHIFTED]), _CLOSE
         ),
-        at_most("shifted momentum's error less S-SGD's", error[SHIFTED] - error[SSGD], _CLOSE),
+        at_most(
+            "shifted momentum's error less S-SGD's (its momentum is not damped: its effective rate "
+            "is ten times as large, which a short training favours)",
+            error[SHIFTED] - error[SSGD],
+            _CLOSE,
+        ),
         at_least(
             "the rate over sqrt(tau): error less that of the rate over tau",
             error[SQRT] - error[STANDARD],
@@ -76,7 +81,10 @@ def plot(records: Sequence[Record]) -> Any:
             train = over_seeds(rows, epochs, "train_error")
             axis.plot(train.epochs, 100 * train.mean, color=colour, linestyle="--", linewidth=1)
         axis.set_title(title)
-        axis.set(xlabel="epoch", ylim=(0, 95))
-        axis.legend(fontsize=9)
+        axis.set(xlabel="epoch")
+        axis.legend(fontsize=9, loc="upper right")
+    lowest = min(axis.get_ylim()[0] for axis in axes)
+    for axis in axes:
+        axis.set_ylim(lowest, 100)
     axes[0].set_ylabel("error (%); solid validation, dashed train")
     return figure
