@@ -119,9 +119,9 @@ def test_one_program_for_all_points_of_one_shape():
     config = small_config()
     dataset = load_dataset(config)
 
-    def num_programs(points):
+    def num_programs(points, runs_at_once=1):
         configs = [point_config(config, point) for point in points]
-        groups = group_runs(configs, range(len(points)), dataset, 1, False)
+        groups = group_runs(configs, range(len(points)), dataset, runs_at_once, False)
         assert sorted(index for runs in groups for index in runs.indices) == list(
             range(len(points))
         )
@@ -131,7 +131,9 @@ def test_one_program_for_all_points_of_one_shape():
     assert num_programs([{"delay": delay} for delay in (0, 1, 3)]) == 3  # samples of an update
     momenta = [{"momentum": m, "momentum_kind": "shifted"} for m in (0.0, 0.5, 0.9)]
     assert num_programs(momenta) == 2
-    assert num_programs([{"epochs": 4, "eval_every_epochs": 2}, {"epochs": 2}]) == 1
+    rows = [{"epochs": 4, "eval_every_epochs": 2}, {"epochs": 2, "eval_every_epochs": 1}]
+    assert num_programs(rows) == 1
+    assert num_programs(rows, runs_at_once=2) == 2  # one vmap measures at the same epochs
 
 
 def test_a_sweep_over_eight_devices(single_runs):

@@ -66,8 +66,8 @@ QUICK_CASES = (
 
 # What was found when a goal missed; shown only where it does.
 _REASONS = {
-    "mnist_cnn": "a step takes 15.5 ms of CPU time, 9.2 ms of wall time on two threads: XLA:CPU has "
-    "no fast convolution inside a loop, and patches with a matrix product cost more than oneDNN's "
+    "mnist_cnn": "a step takes 15.5 ms of CPU time, 9.2 ms of wall time on two threads: XLA:CPU "
+    "has no fast convolution in a loop, and patches with a matrix product cost more than oneDNN's "
     "convolutions; two devices of half the batch each take 17 ms",
     "mlp": "PyTorch with its updates fused, on one thread, is quicker than the plain loop that the "
     "goal was set for",

@@ -39,10 +39,11 @@ Point = Mapping[str, Cell]
 _VALUES = ("learning_rate", "learning_rate_rule", "momentum", "seed")
 _DELAYS = ("delay", "num_workers", "delay_distribution", "delay_std", "worker_schedule")
 _ROWS = ("epochs", "eval_every_epochs")  # only how many of the latter the former are is structure
-# On a CPU runs share a `vmap` where a step is so small that the calls of its operations, not their
-# arithmetic, take the time: small models without convolutions. `make bench` measures it.
+# How many runs are quickest in one `vmap`, as `make bench` measures: on a CPU convolutions lose by
+# it, and of large dense layers the weights of eight runs no longer fit the caches.
 _SMALL_MODEL = 20_000  # parameters
 _RUNS_AT_ONCE = 8
+_RUNS_AT_ONCE_LARGE = 4
 
 
 class Runs(NamedTuple):
@@ -82,8 +83,8 @@ def sweep(
       points: for each run, the fields that it changes; all points name the same fields.
       work: folder of records.csv. Runs found there are not repeated, so that a killed sweep goes
         on where it was. A temporary one by default.
-      runs_at_once: runs of one `vmap`; the rest follow by `lax.map`. By default 1 on a CPU, 8 for
-        models without convolutions below 20,000 parameters, and on accelerators.
+      runs_at_once: runs of one `vmap`; the rest follow by `lax.map`. By default 8; on a CPU 1 for
+        models with convolutions, 4 for dense ones above 20,000 parameters.
       initial: parameters to start every run from, with a history full of them; those of the run's
         seed by default.
       leave_loss: a run ends when its loss on the whole training set, in evaluation mode, exceeds
@@ -187,7 +188,8 @@ def group_runs(
     """Returns the runs, those together that one program can do."""
     groups: dict[str, list[int]] = {}
     for index in indices:
-        groups.setdefault(_program_key(configs[index], dataset), []).append(index)
+        at_once = runs_at_once or default_runs_at_once(configs[index], dataset)
+        groups.setdefault(_program_key(configs[index], dataset, at_once), []).append(index)
     found = []
     for members in groups.values():
         mine = [configs[index] for index in members]
@@ -236,12 +238,15 @@ def _take(tree: PyTree, index: Any) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-def _program_key(config: ConfigDict, dataset: Dataset) -> str:
-    """What decides the shapes and the structure of a run's program, as text."""
+def _program_key(config: ConfigDict, dataset: Dataset, at_once: int) -> str:
+    """What decides the shapes and the structure of a run's program, as text.
+
+    Runs of one `vmap` measure at the same epochs; others may each have their own.
+    """
     fields = {
         field: value
         for field, value in config.to_dict().items()
-        if field not in (*_VALUES, *_DELAYS, "delay_trace", *_ROWS)
+        if field not in (*_VALUES, *_DELAYS, "delay_trace", *(_ROWS if at_once == 1 else ()))
     }
     if not config.momentum:
         fields |= {"momentum_kind": None, "dampening": None}
@@ -260,8 +265,11 @@ def default_runs_at_once(config: ConfigDict, dataset: Dataset) -> int:
     )
     params = variables["params"]
     dense = all(leaf.ndim <= 2 for leaf in jax.tree.leaves(params))
-    small = dense and num_params(params) < _SMALL_MODEL
-    return _RUNS_AT_ONCE if small or jax.default_backend() != "cpu" else 1
+    if jax.default_backend() != "cpu":
+        return _RUNS_AT_ONCE
+    if not dense:
+        return 1
+    return _RUNS_AT_ONCE if num_params(params) < _SMALL_MODEL else _RUNS_AT_ONCE_LARGE
 
 
 def _process(config: ConfigDict, steps_per_epoch: int) -> DelayProcess:
