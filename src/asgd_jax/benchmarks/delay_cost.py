@@ -266,5 +266,9 @@ def _noise(row: Row) -> str:
 
 
 # What was found when a goal missed; shown only where it does.
-_TIME_REASONS: dict[tuple[str, str], str] = {}
+_TIME_REASONS = {
+    ("MLP", "delayed"): "; the plain update is bound by memory, and a delayed one makes two passes "
+    "more over the parameters: it writes a slot and reads the next stale ones",
+    ("MLP", "shifted"): "; as delayed, and the momentum has a ring of its own to write and read",
+}
 _TEMP_REASONS: dict[str, str] = {}

@@ -84,10 +84,10 @@ def make_gradient(
     ) -> tuple[jax.Array, tuple[PyTree, jax.Array, jax.Array]]:
         labels = batch.labels
         images = preprocess(key, batch.images.reshape(-1, *batch.images.shape[2:]))
-        if not jax.tree.leaves(batch_stats):
-            # Nothing couples the samples of a worker: one large batch is the same and quicker.
-            loss, error, _ = worker_loss(params, batch_stats, images, labels.reshape(-1))
-            return loss, (batch_stats, loss, error)
+        if len(labels) == 1 or not jax.tree.leaves(batch_stats):
+            # One worker, or samples that nothing couples: one batch is the same and quicker.
+            loss, error, new_stats = worker_loss(params, batch_stats, images, labels.reshape(-1))
+            return loss, (new_stats, loss, error)
         images = images.reshape(*labels.shape, *images.shape[1:])
         losses, errors, new_stats = jax.vmap(worker_loss, in_axes=(None, None, 0, 0))(
             params, batch_stats, images, labels
