@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from asgd_jax.experiments import style
-from asgd_jax.experiments.run_table import Record, read_records, write_records
+from asgd_jax.experiments.run_table import Record, read_records, stored, write_records
 from asgd_jax.training.report import environment, write_json
 
 _MODULES = "asgd_jax.experiments.figures"
@@ -139,6 +139,8 @@ def _write(
     """Writes a figure's files, all or nothing; returns its summary."""
     name = folder_name(figure)
     module = importlib.import_module(FIGURES[figure])
+    # As they will be in the file, so that pictures and claims are functions of what is kept.
+    records = [{column: stored(cell) for column, cell in row.items()} for row in records]
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{name}-") as partial_name:
         partial = Path(partial_name)
         claims = [claim._asdict() for claim in module.claims(records)]
