@@ -16,7 +16,7 @@ from asgd_jax.experiments.reproduce import FIGURES
 
 
 def smoke(number):
-    module = importlib.import_module(FIGURES[number])
+    module = importlib.import_module(FIGURES[str(number)])
     return module, module.run(module.PRESETS["smoke"])
 
 

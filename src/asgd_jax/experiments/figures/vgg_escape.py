@@ -59,7 +59,7 @@ PRESETS = {
     "smoke": _config(
         (1, 2, 4),
         (0,),
-        (1, 2),
+        (1,),
         worker_batch_size=64,
         dataset="digits",
         model="mlp",
