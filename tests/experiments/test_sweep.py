@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from asgd_jax.experiments import sweep as sweep_module
-from asgd_jax.experiments.sweep import group_runs, load_dataset, point_config, sweep
+from asgd_jax.experiments.sweep import group_runs, point_config, sweep
 from asgd_jax.training import default_config, train
+from asgd_jax.training.feed import load_dataset
 from asgd_jax.training.metrics import read_rows
 
 

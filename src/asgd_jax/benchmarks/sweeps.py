@@ -19,11 +19,11 @@ from asgd_jax.experiments.demo import demo_config
 from asgd_jax.experiments.sweep import (
     default_runs_at_once,
     group_runs,
-    load_dataset,
     stack_values,
     sweep,
 )
 from asgd_jax.experiments.sweep_program import compile_runs, make_run, put_samples
+from asgd_jax.training.feed import load_dataset
 
 TITLE = "runs of a sweep together, one by one, and as processes of their own"
 

@@ -19,8 +19,9 @@ from ml_collections import ConfigDict
 from asgd_jax import curvature, data, stability
 from asgd_jax.data.in_memory import Dataset
 from asgd_jax.experiments.run_table import Record
-from asgd_jax.experiments.sweep import Point, load_dataset, sweep, train_params
+from asgd_jax.experiments.sweep import Point, sweep, train_params
 from asgd_jax.training.config import validate_config
+from asgd_jax.training.feed import load_dataset
 from asgd_jax.training.setup import make_model
 from asgd_jax.training.state import PyTree
 from asgd_jax.training.step import cross_entropy

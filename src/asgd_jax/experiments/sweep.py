@@ -3,7 +3,7 @@
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from asgd_jax import data
 from asgd_jax.data.in_memory import Dataset
 from asgd_jax.delays import DelayProcess
 from asgd_jax.experiments.run_table import Cell, Record, add_runs, open_table, run_key
@@ -28,7 +27,7 @@ from asgd_jax.experiments.sweep_program import (
 )
 from asgd_jax.training import streamed_feed
 from asgd_jax.training.config import validate_config
-from asgd_jax.training.feed import plan_of
+from asgd_jax.training.feed import load_dataset, plan_of
 from asgd_jax.training.optimizer import Values, effective_learning_rate, make_delay_process
 from asgd_jax.training.setup import make_model
 from asgd_jax.training.state import PyTree, num_params
@@ -37,7 +36,10 @@ Point = Mapping[str, Cell]
 
 # Fields that are data of a program; whether there is any momentum is its structure.
 _VALUES = ("learning_rate", "learning_rate_rule", "momentum", "seed")
-_DELAYS = ("delay", "num_workers", "delay_distribution", "delay_std", "worker_schedule")
+_DELAYS = (
+    *("delay", "num_workers", "delay_distribution", "delay_std", "worker_schedule"),
+    "delay_trace",
+)
 _ROWS = ("epochs", "eval_every_epochs")  # only how many of the latter the former are is structure
 # How many runs are quickest in one `vmap`, as `make bench` measures: on a CPU convolutions lose by
 # it, and of large dense layers the weights of eight runs no longer fit the caches.
@@ -53,11 +55,13 @@ class Runs(NamedTuple):
       shape: what they share.
       indices: which of the points they are.
       configs: of each.
+      at_once: how many of them share a `vmap`.
     """
 
     shape: Shape
     indices: list[int]
     configs: list[ConfigDict]
+    at_once: int
 
 
 def sweep(
@@ -144,7 +148,7 @@ def _compiled(
     samples = put_samples(dataset, configs[0].eval_batch_size, full_train=full_train)
     for runs in group_runs(configs, indices, dataset, runs_at_once, full_train):
         steps = runs.shape.plan.steps_per_epoch
-        for finished in run_blocks(runs, samples, initial, leave_loss, runs_at_once):
+        for finished in run_blocks(runs, samples, initial, leave_loss):
             yield [(index, with_epochs(rows, steps)) for index, rows in finished]
 
 
@@ -167,17 +171,6 @@ def point_config(config: ConfigDict, point: Point) -> ConfigDict:
     return changed
 
 
-def load_dataset(config: ConfigDict) -> Dataset:
-    """Returns the data set of a configuration, in host memory."""
-    return data.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        num_train=config.num_train,
-        num_validation=config.num_validation,
-        normalize=config.normalize,
-    )
-
-
 def group_runs(
     configs: Sequence[ConfigDict],
     indices: Sequence[int],
@@ -186,33 +179,35 @@ def group_runs(
     full_train: bool,
 ) -> list[Runs]:
     """Returns the runs, those together that one program can do."""
-    groups: dict[str, list[int]] = {}
-    for index in indices:
-        at_once = runs_at_once or default_runs_at_once(configs[index], dataset)
-        groups.setdefault(_program_key(configs[index], dataset, at_once), []).append(index)
     found = []
-    for members in groups.values():
-        mine = [configs[index] for index in members]
-        plan = plan_of(mine[0], len(dataset.train_labels))
-        depth = max(_process(config, plan.steps_per_epoch).max_delay for config in mine)
-        early = (runs_at_once or default_runs_at_once(mine[0], dataset)) == 1
-        shape = Shape(mine[0], plan, dataset, depth, stop_early=early, full_train=full_train)
-        found.append(Runs(shape, members, mine))
+    for alike in _split(indices, [_program_key(configs[k], dataset) for k in indices]):
+        at_once = runs_at_once or default_runs_at_once(configs[alike[0]], dataset)
+        # Runs of one `vmap` measure at the same epochs; others may each have their own.
+        fields = _ROWS if at_once > 1 else ()
+        for members in _split(alike, [tuple(configs[k][name] for name in fields) for k in alike]):
+            mine = [configs[index] for index in members]
+            plan = plan_of(mine[0], len(dataset.train_labels))
+            depth = max(_process(config, plan.steps_per_epoch).max_delay for config in mine)
+            early = at_once == 1
+            shape = Shape(mine[0], plan, dataset, depth, stop_early=early, full_train=full_train)
+            found.append(Runs(shape, members, mine, at_once))
     return found
 
 
+def _split(indices: Sequence[int], keys: Sequence[Hashable]) -> list[list[int]]:
+    """The indices, those with equal keys together."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, key in zip(indices, keys, strict=True):
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
 def run_blocks(
-    runs: Runs,
-    samples: Samples,
-    initial: PyTree | None,
-    leave_loss: float,
-    runs_at_once: int | None,
+    runs: Runs, samples: Samples, initial: PyTree | None, leave_loss: float
 ) -> Iterator[Finished]:
     """Yields finished runs, (index, rows), a block at a time."""
-    config = runs.shape.config
-    at_once = runs_at_once or default_runs_at_once(config, runs.shape.dataset)
-    num_devices = config.num_devices or jax.device_count()
-    at_once = min(at_once, -(-len(runs.indices) // num_devices))
+    num_devices = runs.shape.config.num_devices or jax.device_count()
+    at_once = min(runs.at_once, -(-len(runs.indices) // num_devices))
     size = at_once * num_devices
     program = compile_runs(make_run(runs.shape), at_once, num_devices)
     stacked = stack_values(runs, leave_loss)
@@ -238,15 +233,12 @@ def _take(tree: PyTree, index: Any) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-def _program_key(config: ConfigDict, dataset: Dataset, at_once: int) -> str:
-    """What decides the shapes and the structure of a run's program, as text.
-
-    Runs of one `vmap` measure at the same epochs; others may each have their own.
-    """
+def _program_key(config: ConfigDict, dataset: Dataset) -> str:
+    """What decides the shapes and the structure of a run's program, as text."""
     fields = {
         field: value
         for field, value in config.to_dict().items()
-        if field not in (*_VALUES, *_DELAYS, "delay_trace", *(_ROWS if at_once == 1 else ()))
+        if field not in (*_VALUES, *_DELAYS, *_ROWS)
     }
     if not config.momentum:
         fields |= {"momentum_kind": None, "dampening": None}

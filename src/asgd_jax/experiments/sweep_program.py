@@ -19,6 +19,7 @@ from asgd_jax.training import mesh as devices
 from asgd_jax.training.batch_stats import BatchStatsChains, make_chains
 from asgd_jax.training.chunk import NOT_DIVERGED, ChunkTotals, make_run_chunk, zero_totals
 from asgd_jax.training.evaluate import make_mean, pad_to_batches
+from asgd_jax.training.feed import make_preprocess
 from asgd_jax.training.optimizer import Values, make_optimizer
 from asgd_jax.training.setup import make_model
 from asgd_jax.training.state import PyTree, TrainState, make_init
@@ -181,15 +182,8 @@ def _make_train_row(
 ) -> TrainRow:
     """Returns `train_row(values, samples, state, epoch)`: the epochs from one row to the next."""
     config, plan = shape.config, shape.plan
-    normalize = data.normalizer(shape.dataset)
-    augment = data.augmenter(config.dataset) if config.augment else data.identity
-    train_step = make_train_step(
-        model,
-        tx,
-        lambda key, images: normalize(augment(key, images)),
-        config.label_smoothing,
-        chains=chains,
-    )
+    preprocess = make_preprocess(config, shape.dataset)
+    train_step = make_train_step(model, tx, preprocess, config.label_smoothing, chains=chains)
     run_chunk = make_run_chunk(
         train_step, shape.max_delay, config.divergence_loss, stop_early=shape.stop_early
     )

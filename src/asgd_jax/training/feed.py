@@ -54,6 +54,24 @@ def plan_of(config: ConfigDict, num_samples: int) -> data.BatchPlan:
     )
 
 
+def load_dataset(config: ConfigDict) -> data.Dataset:
+    """Returns the data set of a configuration, in host memory."""
+    return data.load(
+        config.dataset,
+        data_dir=config.data_dir,
+        num_train=config.num_train,
+        num_validation=config.num_validation,
+        normalize=config.normalize,
+    )
+
+
+def make_preprocess(config: ConfigDict, dataset: data.Dataset) -> Preprocess:
+    """Returns `preprocess(key, raw images)`: augmentation, where asked for, then normalisation."""
+    normalize = data.normalizer(dataset)
+    augment = data.augmenter(config.dataset) if config.augment else data.identity
+    return lambda key, images: normalize(augment(key, images))
+
+
 def open_in_memory(config: ConfigDict) -> Feed:
     """Returns the feed of a data set that lives on the device whole, a chunk of updates a call.
 
@@ -61,16 +79,9 @@ def open_in_memory(config: ConfigDict) -> Feed:
       ValueError: for an unknown data set or batches that do not fit it.
       DatasetNotFoundError: when the data is neither prepared nor downloadable.
     """
-    dataset = data.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        num_train=config.num_train,
-        num_validation=config.num_validation,
-        normalize=config.normalize,
-    )
+    dataset = load_dataset(config)
     plan = plan_of(config, len(dataset.train_labels))
     normalize = data.normalizer(dataset)
-    augment = data.augmenter(config.dataset) if config.augment else lambda key, images: images
 
     def make_advance(
         train_step: TrainStep, max_delay: int, mesh: Mesh, state_sharding: PyTree
@@ -108,7 +119,7 @@ def open_in_memory(config: ConfigDict) -> Feed:
         plan=plan,
         num_classes=dataset.num_classes,
         image_shape=dataset.train_images.shape[1:],
-        preprocess=lambda key, images: normalize(augment(key, images)),
+        preprocess=make_preprocess(config, dataset),
         make_advance=make_advance,
         make_evaluate=make_validation,
         inputs=inputs,

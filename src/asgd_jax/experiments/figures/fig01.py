@@ -8,11 +8,12 @@ import numpy as np
 from asgd_jax.experiments import style
 from asgd_jax.experiments.claims import Claim, at_least, at_most
 from asgd_jax.experiments.figures import mnist_rates
-from asgd_jax.experiments.figures.mnist_rates import DELAY, last_epoch, rates_of
+from asgd_jax.experiments.figures.mnist_rates import DELAY, rates_of
 from asgd_jax.experiments.figures.training_runs import (
     CHANCE,
     did_diverge,
     final_errors,
+    last_epoch,
     over_seeds,
     plot_curve,
     select,

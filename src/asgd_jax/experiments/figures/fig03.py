@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from asgd_jax import stability
 from asgd_jax.experiments import style
 from asgd_jax.experiments.claims import Claim, at_most
-from asgd_jax.experiments.figures.training_runs import final_errors, run_points, select
+from asgd_jax.experiments.figures.training_runs import final_errors, last_epoch, run_points, select
 from asgd_jax.experiments.run_table import Record
 from asgd_jax.experiments.sweep import sweep
 from asgd_jax.training import default_config
@@ -141,14 +141,10 @@ def plot(records: Sequence[Record]) -> Any:
     return figure
 
 
-def _last(records: Sequence[Record]) -> float:
-    return max(float(record["epoch"]) for record in records)
-
-
 def _ssgd(records: Sequence[Record]) -> tuple[np.ndarray, float]:
     """S-SGD's final error of every seed, and its learning rate."""
     rows = select(records, delay=0)
-    return final_errors(rows, _last(records), rows=_LAST_ROWS), float(rows[0]["learning_rate"])
+    return final_errors(rows, last_epoch(records), rows=_LAST_ROWS), float(rows[0]["learning_rate"])
 
 
 def _rates(records: Sequence[Record]) -> dict[int, list[float]]:
@@ -161,4 +157,4 @@ def _rates(records: Sequence[Record]) -> dict[int, list[float]]:
 
 def _errors(records: Sequence[Record], delay: int, rate: float) -> np.ndarray:
     rows = select(records, delay=delay, learning_rate=rate)
-    return final_errors(rows, _last(records), rows=_LAST_ROWS)
+    return final_errors(rows, last_epoch(records), rows=_LAST_ROWS)

@@ -14,9 +14,14 @@ from asgd_jax.experiments.figures.resnet_arms import (
     SSGD,
     STANDARD,
     errors_of,
-    last_epoch,
 )
-from asgd_jax.experiments.figures.training_runs import did_diverge, over_seeds, plot_curve, select
+from asgd_jax.experiments.figures.training_runs import (
+    did_diverge,
+    last_epoch,
+    over_seeds,
+    plot_curve,
+    select,
+)
 from asgd_jax.experiments.run_table import Record
 
 CAPTION = (

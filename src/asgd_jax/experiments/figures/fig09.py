@@ -8,8 +8,8 @@ import numpy as np
 from asgd_jax.experiments import style
 from asgd_jax.experiments.claims import Claim, at_most
 from asgd_jax.experiments.figures import resnet_arms
-from asgd_jax.experiments.figures.resnet_arms import NORMAL, SHIFTED, errors_of, last_epoch
-from asgd_jax.experiments.figures.training_runs import over_seeds, plot_curve, select
+from asgd_jax.experiments.figures.resnet_arms import NORMAL, SHIFTED, errors_of
+from asgd_jax.experiments.figures.training_runs import last_epoch, over_seeds, plot_curve, select
 from asgd_jax.experiments.run_table import Record
 
 CAPTION = (

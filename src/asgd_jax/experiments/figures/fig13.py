@@ -8,8 +8,8 @@ import numpy as np
 from asgd_jax.experiments import style
 from asgd_jax.experiments.claims import Claim, at_most
 from asgd_jax.experiments.figures import mnist_rates
-from asgd_jax.experiments.figures.mnist_rates import DELAY, last_epoch, rates_of
-from asgd_jax.experiments.figures.training_runs import over_seeds, select
+from asgd_jax.experiments.figures.mnist_rates import DELAY, rates_of
+from asgd_jax.experiments.figures.training_runs import last_epoch, over_seeds, select
 from asgd_jax.experiments.run_table import Record
 
 CAPTION = (

@@ -61,8 +61,3 @@ def run(config: ConfigDict, work: Path) -> list[Record]:
 def rates_of(records: Sequence[Record]) -> list[float]:
     """Returns the learning rates of A-SGD, in order; the last one is the baseline's."""
     return sorted({float(record["learning_rate"]) for record in select(records, delay=DELAY)})
-
-
-def last_epoch(records: Sequence[Record]) -> int:
-    """Returns the last epoch that was run."""
-    return int(max(float(record["epoch"]) for record in records))

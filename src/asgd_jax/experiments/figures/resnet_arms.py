@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from asgd_jax.experiments.figures.training_runs import (
     final_errors,
+    last_epoch,
     run_points,
     select,
     with_arm,
@@ -109,11 +110,6 @@ def run(config: ConfigDict, work: Path) -> list[Record]:
             arm["warmup_from"] = float(f"{config.ramp_from / peak:.6g}")
     records = sweep(config.train, run_points(arms, config.seeds), work=work / "resnet_arms")
     return with_arm(records, arms)
-
-
-def last_epoch(records: Sequence[Record]) -> int:
-    """Returns the last epoch that was run."""
-    return int(max(float(record["epoch"]) for record in records))
 
 
 def errors_of(records: Sequence[Record], arm: str) -> np.ndarray:

@@ -83,6 +83,11 @@ def final_errors(
     return np.array([v.mean() for v in by_seed(records, epochs, column).values()])
 
 
+def last_epoch(records: Sequence[Record]) -> int:
+    """Returns the last epoch that was run."""
+    return int(max(float(record["epoch"]) for record in records))
+
+
 def did_diverge(records: Sequence[Record]) -> bool:
     """Whether any of the runs diverged."""
     return any(int(record["diverged_at"]) >= 0 for record in records)
