@@ -16,7 +16,7 @@ def test_the_plan_is_the_size_of_the_real_state(tiny_config):
     plan = plan_memory(tiny_config)
     state = set_up(tiny_config).state
     assert plan.parameters == num_bytes(state.params)
-    assert plan.history == 4 * num_bytes(state.params)
+    assert plan.history == 3 * num_bytes(state.params)
     assert plan.stale == num_bytes(state.params)
     assert plan.optimizer == num_bytes(state.opt_state.inner_state)
     assert plan.batch == 16 * (64 + 4)

@@ -111,8 +111,8 @@ def test_no_delay_is_bitwise_the_inner_optimizer(inner, delay):
 def test_every_slot_starts_as_the_initial_parameters_in_fresh_buffers():
     state = asgd_jax.delayed(optax.sgd(0.1), 3).init(PARAMS)
     for name, leaf in PARAMS.items():
-        ring = state.history[name]
-        assert ring.shape == (4, *leaf.shape)
+        ring = state.history.slots[name]
+        assert ring.shape == (3, *leaf.shape)
         np.testing.assert_array_equal(ring, np.broadcast_to(leaf, ring.shape))
         assert ring.unsafe_buffer_pointer() != leaf.unsafe_buffer_pointer()
 
@@ -131,7 +131,7 @@ def test_inner_sees_the_staleness_the_stale_parameters_and_the_callers_arguments
     for step in range(4):
         updates, state = tx.update(jnp.array(1.0), state, params, value=step, other="x")
         params = optax.apply_updates(params, updates)
-    other = {"other": "x"}
+    other = {"other": "x", "max_delay": 2}
     assert seen == [
         (0, 10.0, 10.0, 0, other),
         (1, 10.0, 9.0, 1, other),
@@ -140,18 +140,20 @@ def test_inner_sees_the_staleness_the_stale_parameters_and_the_callers_arguments
     ]
 
 
-def test_bfloat16_history_rounds_what_the_gradient_sees_and_nothing_else():
+def test_bfloat16_history_rounds_what_stale_gradients_see_and_nothing_else():
     tx = asgd_jax.delayed(optax.set_to_zero(), 2, history_dtype=jnp.bfloat16)
     params = {"w": jnp.array([1.001, -3.3]), "n": jnp.array(3, jnp.int32)}
     state = tx.init(params)
-    assert state.history["w"].dtype == jnp.uint16  # the bits of bfloat16
-    assert state.history["n"].dtype == jnp.int32
+    assert state.history.slots["w"].dtype == jnp.uint16  # the bits of bfloat16
+    assert state.history.slots["n"].dtype == jnp.int32
+    fresh = asgd_jax.stale_params(state, params)  # staleness 0
+    np.testing.assert_array_equal(fresh["w"], params["w"])
+    grads = {"w": jnp.zeros(2), "n": jnp.array(0, jnp.int32)}
+    updates, state = tx.update(grads, state, params)
+    np.testing.assert_array_equal(updates["w"], np.zeros(2))
     stale = asgd_jax.stale_params(state, params)
     assert stale["w"].dtype == jnp.float32
     np.testing.assert_array_equal(stale["w"], params["w"].astype(jnp.bfloat16).astype(jnp.float32))
-    grads = {"w": jnp.zeros(2), "n": jnp.array(0, jnp.int32)}
-    updates, _ = tx.update(grads, state, params)
-    np.testing.assert_array_equal(updates["w"], np.zeros(2))
 
 
 def test_stale_parameters_of_several_histories_are_merged_leaf_by_leaf():

@@ -81,7 +81,7 @@ def ring_bytes(state: optax.OptState) -> int:
         elif isinstance(node, DelayGradientsState):
             total += tree_bytes(node.gradients)
         elif isinstance(node, ShiftedTraceState):
-            total += tree_bytes(node.trace)
+            total += tree_bytes(node.buffers)
     return total
 
 

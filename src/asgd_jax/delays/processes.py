@@ -23,10 +23,12 @@ class DelayProcess(NamedTuple):
     Attributes:
       max_delay: largest staleness that `sample` can return; sizes the history (a static int).
       pmf: float64 array of shape (max_delay + 1,), the marginal probability of each staleness;
-        None for a recorded trace, which has an order and not only a distribution.
+        None for a recorded trace, which has an order and not only a distribution, and for a
+        constant that is only known when the program runs.
       sample: `sample(key, step) -> int32 scalar`, pure and jittable. `key` is the run's key and
         `step` the number of the update; the process folds the step in, so equal arguments give
-        equal delays and a resumed run continues the same sequence.
+        equal delays and a resumed run continues the same sequence. Whoever applies it clamps what
+        it returns to 0, ..., max_delay.
     """
 
     max_delay: int
@@ -43,6 +45,12 @@ def as_integer(value: Any, name: str) -> int:
     >>> as_integer(np.int64(3), "delay")
     3
     """
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{name} must be an integer that is known at compile time, got a traced value: with "
+            f'optax.inject_hyperparams name it in static_args=("{name}",); for a delay that is '
+            "data use asgd_jax.delays.constant(delay, max_delay=...)"
+        )
     try:
         integer = operator.index(value)
     except TypeError:
@@ -80,17 +88,38 @@ def validate_pmf(pmf: Any) -> np.ndarray:
     return np.trim_zeros(values, "b") / total
 
 
-def constant(delay: int) -> DelayProcess:
+def constant(delay: int | jax.Array, max_delay: int | None = None) -> DelayProcess:
     """Every gradient is `delay` updates old: round-robin workers, delay = num_workers - 1.
+
+    Args:
+      delay: int >= 0; with `max_delay` also an int32 scalar array, traced or not, so that one
+        program (or one `vmap`) serves many delays.
+      max_delay: sizes the history; `delay` by default. A traced delay beyond it is clamped to it.
+
+    Raises:
+      ValueError: for a delay that is no integer in 0, ..., max_delay; for a traced one without
+        `max_delay`.
 
     >>> process = constant(3)
     >>> process.max_delay, process.pmf
     (3, array([0., 0., 0., 1.]))
+    >>> longest = jax.jit(lambda delay: constant(delay, max_delay=8).sample(None, 0))
+    >>> int(longest(5)), int(longest(50))
+    (5, 8)
     """
+    if isinstance(delay, jax.core.Tracer) and max_delay is not None:
+        limit = as_integer(max_delay, "max_delay")
+        if delay.ndim or not jnp.issubdtype(delay.dtype, jnp.integer):
+            raise ValueError(f"delay must be an integer scalar, got {delay.aval.str_short()}")
+        clamped = jnp.clip(delay, 0, limit).astype(jnp.int32)
+        return DelayProcess(limit, None, lambda key, step: clamped)
     delay = as_integer(delay, "delay")
-    pmf = np.zeros(delay + 1)
+    limit = delay if max_delay is None else as_integer(max_delay, "max_delay")
+    if delay > limit:
+        raise ValueError(f"delay={delay} is beyond max_delay={limit}: pass max_delay={delay}")
+    pmf = np.zeros(limit + 1)
     pmf[delay] = 1.0
-    return DelayProcess(delay, pmf, lambda key, step: jnp.asarray(delay, jnp.int32))
+    return DelayProcess(limit, pmf, lambda key, step: jnp.asarray(delay, jnp.int32))
 
 
 def uniform(low: int, high: int) -> DelayProcess:

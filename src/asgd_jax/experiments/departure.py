@@ -65,7 +65,7 @@ def make_run(
 
         def step(_: int, carry: Any) -> Any:
             params, state, farthest, highest = carry
-            batch = jax.tree.map(lambda leaf: leaf[state.count % num_batches], stacked)
+            batch = jax.tree.map(lambda leaf: leaf[state.num_updates % num_batches], stacked)
             height, gradient = jax.value_and_grad(loss_fn)(stale_params(state, params), batch)
             updates, state = tx.update(gradient, state, params)
             params = optax.apply_updates(params, updates)

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from asgd_jax.transforms import delayed, stale_params
+from asgd_jax.transforms.history import read_slot
 
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
 Memory = tuple[jax.Array, list[jax.Array]]  # floating-point values, and all others
@@ -128,8 +129,8 @@ def quadratic_step(
     ) -> Memory:
         params, state = layout.unpack(memory)
         if staleness is not None:
-            slot = (state.count - staleness) % state.history.shape[0]
-            state = state._replace(staleness=staleness, stale=state.history[slot])
+            past = read_slot(state.history, state.num_updates - staleness, params)
+            state = state._replace(staleness=staleness, stale=past)
         where = params
         with contextlib.suppress(ValueError):  # no history: delay_gradients by itself
             where = stale_params(state, params)

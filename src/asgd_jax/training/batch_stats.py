@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from asgd_jax.models.layers import BATCH_NORM_DECAY
 from asgd_jax.training.state import PyTree
-from asgd_jax.transforms.history import init_history, read_slot, write_then_read
+from asgd_jax.transforms.history import init_ring, read_slot, write_slot
 
 MODES = ("server", "worker", "recalibrate")
 
@@ -54,13 +54,13 @@ def make_chains(mode: str, max_delay: int) -> BatchStatsChains:
         )
 
     def slot_of(kept: PyTree, slot: jax.Array) -> PyTree:
-        like = jax.tree.map(lambda ring: ring[0], kept)
+        like = jax.tree.map(lambda slots: slots[0], kept.slots)
         return read_slot(kept, slot, like)
 
     return BatchStatsChains(
-        init=lambda stats: init_history(stats, max_delay + 1),
+        init=lambda stats: init_ring(stats, max_delay + 1),
         read=lambda kept, step, staleness: slot_of(kept, step - staleness),
-        write=lambda kept, step, stats: write_then_read(kept, step + 1, stats, step + 1)[0],
+        write=lambda kept, step, stats: write_slot(kept, step + 1, stats),
         live=slot_of,
     )
 

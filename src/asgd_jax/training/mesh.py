@@ -78,7 +78,7 @@ def state_sharding(state: PyTree, mesh: Mesh, *, shard_history: bool = False) ->
             history = jax.tree.map(ring_or_whole, node.history)
             return whole._replace(history=history, inner_state=spread(node.inner_state))
         if isinstance(node, ShiftedTraceState):
-            return whole._replace(trace=jax.tree.map(ring_or_whole, node.trace))
+            return whole._replace(buffers=jax.tree.map(ring_or_whole, node.buffers))
         return whole
 
     def spread(tree: Any) -> Any:

@@ -7,14 +7,21 @@ import jax.numpy as jnp
 import optax
 
 from asgd_jax.delays.processes import DelayProcess, as_process
-from asgd_jax.transforms.history import PyTree, init_history, write_then_read
+from asgd_jax.transforms.history import (
+    PyTree,
+    Ring,
+    as_dtypes_of,
+    check_ring,
+    init_ring,
+    write_then_read,
+)
 
 
 class DelayGradientsState(NamedTuple):
     """State of `delay_gradients`: updates seen, ring of `max_delay + 1` gradients, random key."""
 
-    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as optax's states do
-    gradients: PyTree
+    num_updates: jax.Array
+    gradients: Ring
     key: jax.Array
 
 
@@ -40,11 +47,13 @@ def delay_gradients(
       seed: seed of the delay process.
 
     Returns:
-      A GradientTransformation with a `DelayGradientsState`; dtypes are those of the gradients'
-      parameters.
+      A GradientTransformation with a `DelayGradientsState`. Gradients are stored with the dtypes
+      of the parameters and handed on with their own; a None (a frozen leaf) stays None. With half-
+      precision parameters and other gradients `update` needs `params`.
 
     Raises:
-      ValueError: for a delay that is neither an integer >= 0 nor a DelayProcess.
+      ValueError: for a delay that is neither an integer >= 0 nor a DelayProcess; from `update`, for
+        gradients of other leaves than the parameters, or a state of another delay.
 
     >>> tx = delay_gradients(2)
     >>> state = tx.init(jnp.array(0.0))
@@ -61,23 +70,26 @@ def delay_gradients(
     """
     process = as_process(delay)
 
+    depth = process.max_delay + 1
+
     def init_fn(params: PyTree) -> DelayGradientsState:
         return DelayGradientsState(
-            count=jnp.zeros((), jnp.int32),
-            gradients=init_history(optax.tree.zeros_like(params), process.max_delay + 1),
+            num_updates=jnp.zeros((), jnp.int32),
+            gradients=init_ring(optax.tree.zeros_like(params), depth),
             key=jax.random.PRNGKey(seed),
         )
 
     def update_fn(
         updates: PyTree, state: DelayGradientsState, params: PyTree | None = None
     ) -> tuple[PyTree, DelayGradientsState]:
-        del params
-        staleness = process.sample(state.key, state.count)
+        check_ring(state.gradients, depth, f"delay_gradients(max_delay={depth - 1})")
+        step = state.num_updates
+        staleness = jnp.clip(process.sample(state.key, step), 0, depth - 1)
         # The new gradient is stored first, which costs one slot more than a queue and saves a copy
         # of all slots: it does not depend on the gradient that it replaces.
-        gradients, old = write_then_read(
-            state.gradients, state.count, updates, state.count - staleness
-        )
-        return old, DelayGradientsState(state.count + 1, gradients, state.key)
+        stored = as_dtypes_of(params, updates)
+        gradients, old = write_then_read(state.gradients, step, stored, step - staleness)
+        old = as_dtypes_of(updates, old)
+        return old, DelayGradientsState(step + 1, gradients, state.key)
 
     return optax.GradientTransformation(init_fn, update_fn)

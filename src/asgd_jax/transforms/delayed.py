@@ -7,28 +7,45 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from asgd_jax.delays.processes import DelayProcess, as_process
-from asgd_jax.transforms.history import PyTree, init_history, read_slot, write_then_read
+from asgd_jax.delays.processes import DelayProcess, as_integer, as_process
+from asgd_jax.transforms.accumulation import accumulate, init_accumulation, update_if
+from asgd_jax.transforms.history import (
+    PyTree,
+    Ring,
+    check_ring,
+    init_ring,
+    of_shape,
+    read_slot,
+    write_slot,
+)
+from asgd_jax.transforms.stale import stale_params
 
 
 class DelayedState(NamedTuple):
     """State of `delayed`.
 
     Attributes:
-      count: int32 scalar, number of updates made.
-      history: ring of `max_delay + 1` parameter sets, half-precision ones as uint16 bits; slot
-        `count` holds the live parameters. An empty tuple when there is no delay.
+      num_updates: int32 scalar, number of updates made: t. (No field is called `count`, which
+        `optax.tree.get` finds in the inner optimizer.)
+      history: the last `max_delay` parameter sets that `update` was given, x_{t-1} first among
+        them; an empty tuple when there is no delay. The live parameters x_t are the loop's.
+      history_start: int32 scalar, the first update whose parameters are known; 0 unless
+        `resize_history` made the history longer.
       staleness: int32 scalar, staleness of the *next* gradient.
-      stale: the parameters that gradient is to be taken at; an empty tuple when there is no delay.
+      stale: the parameters that gradient is to be taken at, unless `staleness` is 0: then the live
+        ones are. An empty tuple when there is no delay.
       key: random key of the delay process, as raw uint32 data.
+      accumulated: gradients of an update that is not due yet; an empty tuple with `every=1`.
       inner_state: state of the wrapped optimizer.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as optax's states do
-    history: PyTree
+    num_updates: jax.Array
+    history: Ring | tuple[()]
+    history_start: jax.Array
     staleness: jax.Array
     stale: PyTree
     key: jax.Array
+    accumulated: PyTree
     inner_state: optax.OptState
 
 
@@ -38,6 +55,8 @@ def delayed(
     *,
     history_dtype: DTypeLike | None = None,
     seed: int | jax.Array = 0,
+    every: int = 1,
+    skip_nonfinite: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Delays the gradients that `inner` receives by `delay` updates.
 
@@ -56,31 +75,42 @@ def delayed(
     params = optax.apply_updates(params, updates)
     ```
 
-    It is the *outermost* transform that changes the updates: `update` computes the new parameters
-    itself, to store them, so `optax.chain(delayed(...),
-    optax.scale(0.5))` would remember parameters that never were. `optax.inject_hyperparams`,
-    `optax.masked` and `optax.MultiSteps` around it are fine. Under `MultiSteps(delayed(...), k)`
-    delays count emitted updates; under `delayed(MultiSteps(...))` they count calls.
+    What is remembered as $x_t$ is the `params` that update t is given, so a loop may do to its
+    parameters what it likes between two updates (project, clip, average, freeze), and other
+    transforms may change the updates afterwards, as in `optax.chain(delayed(...),
+    optax.scale(0.5))`.
 
     What `inner` sees: stale gradients, *live* parameters (weight decay and clipping act on the
-    server), and the extra arguments `staleness` (int32 scalar, of this gradient) and
-    `stale_params`, for staleness-aware transforms.
+    server), and, if it takes them, the extra arguments `staleness` (int32 scalar, of this
+    gradient), `stale_params` and `max_delay` (int), for staleness-aware transforms. They are left
+    out when `inner`, or a member of its chain, refuses one of them.
+
+    Gradient accumulation: with `every=k` the loop makes k calls an update, their gradients are
+    averaged, and k - 1 of the k updates are zero; delays count updates. `optax.MultiSteps(delayed(
+    ...), k)` is the same trajectory, but copies the history at every call; so does a loop that
+    keeps or drops a whole optimizer state by `jnp.where`, as loss scaling is often written:
+    `skip_nonfinite=True` is the way without a copy. (`delayed(optax.MultiSteps(...))` copies
+    nothing, and its delays count calls.)
 
     Args:
       inner: the server's optimizer.
       delay: int >= 0, or a `DelayProcess`. With 0 no history is kept and the trajectory is bitwise
         that of `inner`.
       history_dtype: floating-point dtype that stores the history (`jnp.bfloat16` halves it); the
-        parameters' own by default. Gradients are then taken at rounded parameters, whatever their
-        staleness; the live parameters are never rounded.
+        parameters' own by default. Gradients of staleness >= 1 are then taken at rounded
+        parameters; the live parameters are never rounded. Half precision is stored as uint16 bits.
       seed: seed of the delay process, an int or an int scalar array.
+      every: int >= 1, gradients of one update. Their mean has the parameters' dtype.
+      skip_nonfinite: a gradient with an entry that is not finite changes nothing: no parameter, no
+        inner state, no count. Under `vmap` every run then counts for itself, and that costs a copy.
 
     Returns:
       A GradientTransformationExtraArgs whose state is a `DelayedState`; `update` needs `params`.
 
     Raises:
       ValueError: for a delay that is neither an integer >= 0 nor a DelayProcess, for a
-        `history_dtype` that is not floating, and from `update` when `params` is missing.
+        `history_dtype` that is not floating, for `every` below 1, and from `update` when `params`
+        is missing, of other leaves than those of `init`, or `state` one of another delay.
 
     >>> tx = delayed(optax.sgd(0.5), delay=1)
     >>> params = jnp.array(1.0)
@@ -97,22 +127,22 @@ def delayed(
       Giladi et al., "At Stability's Edge", ICLR 2020, section 2.
     """
     process = as_process(delay)
+    depth = process.max_delay
     if history_dtype is not None and not jnp.issubdtype(history_dtype, jnp.floating):
         raise ValueError(f"history_dtype must be a floating-point dtype, got {history_dtype!r}")
+    if as_integer(every, "every") < 1:
+        raise ValueError("every must be >= 1, got 0: 1 updates at every gradient")
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: PyTree) -> DelayedState:
-        history: PyTree = ()
-        stale: PyTree = ()
-        if process.max_delay > 0:
-            history = init_history(params, process.max_delay + 1, history_dtype)
-            stale = read_slot(history, 0, params, history_dtype)
         return DelayedState(
-            count=jnp.zeros((), jnp.int32),
-            history=history,
+            num_updates=jnp.zeros((), jnp.int32),
+            history=init_ring(params, depth, history_dtype) if depth else (),
+            history_start=jnp.zeros((), jnp.int32),
             staleness=jnp.zeros((), jnp.int32),
-            stale=stale,
+            stale=jax.tree.map(lambda leaf: of_shape(jnp.array, leaf), params) if depth else (),
             key=jax.random.PRNGKey(seed),
+            accumulated=init_accumulation(params, every),
             inner_state=inner.init(params),
         )
 
@@ -121,58 +151,69 @@ def delayed(
     ) -> tuple[PyTree, DelayedState]:
         if params is None:
             raise ValueError("delayed needs params, got None: call update(grads, state, params)")
-        inner_extra = extra_args | {
+        _check(state, depth, params, history_dtype)
+        handed = {
             "staleness": state.staleness,
             "stale_params": stale_params(state, params),
+            "max_delay": depth,
         }
-        updates, inner_state = inner.update(updates, state.inner_state, params, **inner_extra)
-        count = state.count + 1
-        history, staleness, stale = state.history, state.staleness, state.stale
-        if process.max_delay > 0:
-            # The next stale parameters are read now and kept: read at the start of the next step,
-            # the slices would be fused into every operation that uses a bias, and slow the model.
-            staleness = jnp.minimum(process.sample(state.key, count), count).astype(jnp.int32)
-            new_params = optax.apply_updates(params, updates)
-            history, stale = write_then_read(
-                history, count, new_params, count - staleness, history_dtype
+
+        def apply(gradients: PyTree, inner_state: optax.OptState) -> tuple[PyTree, optax.OptState]:
+            return _with_those_it_takes(
+                inner.update, (gradients, inner_state, params), extra_args, handed
             )
-        return updates, DelayedState(count, history, staleness, stale, state.key, inner_state)
+
+        due, updates, accumulated = accumulate(updates, state.accumulated, every, skip_nonfinite)
+        updates, inner_state = update_if(due, apply, updates, state.inner_state)
+        state = state._replace(
+            num_updates=state.num_updates + jnp.asarray(due, jnp.int32),
+            accumulated=accumulated,
+            inner_state=inner_state,
+        )
+        return updates, _turn(state, due, params) if depth else state
+
+    def _turn(state: DelayedState, due: bool | jax.Array, params: PyTree) -> DelayedState:
+        """Stores the parameters of this update and picks those of the next gradient."""
+        step = state.num_updates
+        # Where no update is due it writes what the next call writes again: cheaper than a choice.
+        written = step - jnp.asarray(due, jnp.int32)
+        assert isinstance(state.history, Ring), "checked when the update began"
+        history = write_slot(state.history, written, params, history_dtype)
+        longest = jnp.minimum(depth, step - state.history_start)
+        staleness = jnp.clip(process.sample(state.key, step), 0, longest).astype(jnp.int32)
+        # Read now and kept: read at the start of the next step, the slices would be fused into
+        # every operation that uses a bias, and slow the model.
+        stale = read_slot(history, step - staleness, params, history_dtype)
+        if due is not True:
+            staleness = jnp.where(due, staleness, state.staleness)
+            stale = jax.tree.map(lambda new, old: jnp.where(due, new, old), stale, state.stale)
+        return state._replace(history=history, staleness=staleness, stale=stale)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def stale_params(state: optax.OptState, params: PyTree) -> PyTree:
-    """Returns the parameters at which the next gradient is to be taken.
-
-    Args:
-      state: an optimizer state that holds one or more `DelayedState`s at any depth (inside
-        `optax.chain`, `inject_hyperparams`, `masked`, `multi_transform`, ...). They are recognised
-        by their class name, so a restored or rebuilt state works too.
-      params: the live parameters.
-
-    Returns:
-      A pytree like `params` with the same dtypes. A leaf without a history (no delay, or masked
-      out) is the live leaf itself.
-
-    Raises:
-      ValueError: when there is no `DelayedState` in `state`.
-
-    >>> tx = delayed(optax.sgd(0.1), delay=2)
-    >>> stale_params(tx.init(jnp.ones(2)), jnp.ones(2))
-    Array([1., 1.], dtype=float32)
-    """
-    nodes = jax.tree.leaves(state, is_leaf=_is_delayed_state)
-    found = [node for node in nodes if _is_delayed_state(node)]
-    if not found:
+def _check(state: DelayedState, depth: int, params: PyTree, dtype: DTypeLike | None) -> None:
+    """Refuses the state of another delay, or of other parameters."""
+    owner = f"delayed(..., max_delay={depth})"
+    if isinstance(state.history, Ring):
+        check_ring(state.history, depth, owner, params, dtype)
+    elif depth:
         raise ValueError(
-            f"no DelayedState in an optimizer state of type {type(state).__name__}: "
-            "wrap the optimizer in asgd_jax.delayed(optimizer, delay)"
+            f"the state of {owner} has no history: it is the state of delay 0; convert it by "
+            "asgd_jax.resize_history(state, delay, params)"
         )
-    stale: dict[Any, jax.Array] = {}
-    for node in found:
-        stale.update(jax.tree_util.tree_leaves_with_path(node.stale))
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: stale.get(path, leaf), params)
 
 
-def _is_delayed_state(node: Any) -> bool:
-    return type(node).__name__ == DelayedState.__name__
+def _with_those_it_takes(
+    update: Any, arguments: tuple[Any, ...], given: dict[str, Any], optional: dict[str, Any]
+) -> Any:
+    """Calls `update` with the optional keywords, or without where one of them is unknown to it.
+
+    A chain takes every keyword and hands it to members that may not, so signatures do not tell.
+    """
+    try:
+        return update(*arguments, **(given | optional))
+    except TypeError as error:
+        if not any(f"unexpected keyword argument '{name}'" in str(error) for name in optional):
+            raise
+    return update(*arguments, **given)

@@ -1,7 +1,11 @@
-"""A ring buffer over a pytree: the last values of every leaf, each leaf with its own depth.
+"""A ring buffer over a pytree: the last values of every leaf.
 
-Slot `k` of a leaf lies at index `k % depth`, where the depth is the length of that leaf's first
-axis; callers count slots upward for ever. Nothing here knows what the values mean.
+Slot `k` lies at index `k % depth` of every leaf's first axis; callers count slots upward for ever.
+Nothing here knows what the values mean.
+
+The slot axis is the first one, where a write moves one contiguous block and a read another. Tools
+that derive an optimizer state's shardings from those of the parameters would put the parameter's
+first mesh axis on it; `Ring` and `init_ring` see to it that they leave it whole.
 
 Half-precision values are stored as their bits, in uint16: XLA:CPU has no half-precision arithmetic
 and turns a slot write into "convert the whole ring to float32, write, convert back", so that a step
@@ -9,109 +13,319 @@ would cost as much as the history is long. (Gradients with respect to the parame
 through such a ring; they do through any other.)
 """
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 PyTree = Any
 
 
-def init_history(tree: PyTree, depth: int, dtype: DTypeLike | None = None) -> PyTree:
+class Ring(NamedTuple):
+    """The slots of every leaf.
+
+    A pytree node of its own, so that `optax.tree.map_params`, asked for the shardings of an
+    optimizer state, gives every slot the parameter's own and the slot axis none.
+
+    Attributes:
+      slots: pytree like the stored one, with leaves of shape (depth, *leaf.shape); half-precision
+        leaves are uint16 bits.
+    """
+
+    slots: PyTree
+
+
+class _Template:
+    """Whether a ring holds no leaves, as one made by optax's placeholder for parameters does."""
+
+    def __init__(self, empty: bool):
+        self.empty = empty
+
+    def __eq__(self, other: object) -> bool:  # to JAX, all rings have one structure
+        return isinstance(other, _Template)
+
+    def __hash__(self) -> int:
+        return hash(_Template)
+
+
+def _flatten_with_keys(ring: Ring) -> tuple[tuple[Any, ...], _Template]:
+    return ((jax.tree_util.GetAttrKey("slots"), ring.slots),), _Template(_is_empty(ring.slots))
+
+
+def _flatten(ring: Ring) -> tuple[tuple[Any, ...], _Template]:
+    return (ring.slots,), _Template(_is_empty(ring.slots))
+
+
+def _unflatten(template: _Template, children: Iterable[Any]) -> Ring:
+    (slots,) = children
+    if template.empty:
+        # `map_params` replaces the placeholder by what it is asked to make of the slots.
+        slots = jax.tree.map(_with_slot_axis, slots, is_leaf=_is_sharding)
+    return Ring(slots)
+
+
+jax.tree_util.register_pytree_with_keys(Ring, _flatten_with_keys, _unflatten, _flatten)
+
+
+def _is_empty(slots: PyTree) -> bool:
+    return not jax.tree.leaves(slots, is_leaf=_is_none)
+
+
+def _is_sharding(node: Any) -> bool:
+    return isinstance(node, (PartitionSpec, NamedSharding))
+
+
+def _with_slot_axis(leaf: Any) -> Any:
+    if isinstance(leaf, PartitionSpec):
+        return PartitionSpec(None, *leaf)
+    return leaf.update(spec=_with_slot_axis(leaf.spec)) if _is_sharding(leaf) else leaf
+
+
+def init_ring(tree: PyTree, depth: int, dtype: DTypeLike | None = None) -> Ring:
     """Returns a ring whose every slot holds a copy of `tree`.
 
     Args:
-      tree: pytree of arrays.
+      tree: pytree of arrays, or of `jax.ShapeDtypeStruct`s for the shapes of the ring alone. Flax's
+        boxes with names of axes (Linen) and variables with a sharding (NNX) get a nameless first
+        axis.
       depth: number of slots.
       dtype: storage dtype of floating-point leaves; their own by default.
 
     Returns:
-      A pytree like `tree` with leaves of shape (depth, *leaf.shape), in fresh buffers: a caller may
-      donate `tree` and the ring to the same computation. Half-precision leaves are uint16 bits.
+      A ring in fresh buffers: a caller may donate `tree` and the ring to the same computation.
 
-    >>> init_history({"w": jnp.array([1.0, 2.0])}, depth=3)["w"].shape
+    >>> init_ring({"w": jnp.array([1.0, 2.0])}, depth=3).slots["w"].shape
     (3, 2)
     """
-    return jax.tree.map(
-        lambda leaf: jnp.repeat(_pack(jnp.asarray(leaf), dtype)[None], depth, axis=0), tree
-    )
+
+    def stack(leaf: Any) -> Any:
+        return jnp.repeat(_pack(jnp.asarray(leaf), dtype)[None], depth, axis=0)
+
+    def stack_node(node: Any) -> Any:
+        slots = jax.tree.map(lambda leaf: of_shape(stack, leaf), node)
+        if hasattr(slots, "get_metadata"):  # a variable of Flax NNX
+            names = slots.get_metadata("out_sharding", None)
+            if names:
+                slots.set_metadata(out_sharding=(None, *names))
+        elif hasattr(slots, "add_axis"):  # a box of Flax Linen
+            slots = slots.add_axis(0, {"partition_name": None})
+        return slots
+
+    return Ring(jax.tree.map(stack_node, tree, is_leaf=lambda node: hasattr(node, "add_axis")))
+
+
+def of_shape(function: Callable[[Any], Any], leaf: Any) -> Any:
+    """`function(leaf)`; of a `ShapeDtypeStruct`, the shape of that.
+
+    >>> of_shape(jnp.sum, jax.ShapeDtypeStruct((2,), jnp.float32)).shape
+    ()
+    """
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.eval_shape(function, leaf)
+    return function(leaf)
+
+
+def write_slot(
+    ring: Ring, slot: jax.Array | int, tree: PyTree, dtype: DTypeLike | None = None
+) -> Ring:
+    """Returns the ring with `tree` in slot `slot`.
+
+    Args:
+      ring: as `init_ring(tree, depth, dtype)` returns.
+      slot: int32 scalar, traced or not.
+      tree: what to store, None for leaves that stay; floating-point leaves may have another
+        precision than the ring, unless that holds bits.
+      dtype: as given to `init_ring`.
+
+    Raises:
+      ValueError: for a tree of other leaves than the ring's.
+    """
+
+    def write(leaf: Any, slots: jax.Array) -> jax.Array:
+        if leaf is None:
+            return slots
+        leaf = jnp.asarray(leaf)
+        as_value = jnp.issubdtype(slots.dtype, jnp.floating)
+        stored = leaf.astype(slots.dtype) if as_value else _pack(leaf, dtype)
+        return jax.lax.dynamic_update_index_in_dim(slots, stored, slot % slots.shape[0], axis=0)
+
+    leaves, _, rings, structure = _paired(tree, ring)
+    return Ring(jax.tree.unflatten(structure, map(write, leaves, rings)))
 
 
 def read_slot(
-    history: PyTree, slot: jax.Array | int, like: PyTree, dtype: DTypeLike | None = None
+    ring: Ring, slot: jax.Array | int, like: PyTree, dtype: DTypeLike | None = None
 ) -> PyTree:
-    """Returns the pytree stored in slot `slot`, in the dtypes of `like`.
+    """Returns the pytree stored in slot `slot`, with the structure and dtypes of `like`.
 
     Args:
-      history: as `init_history(tree, depth, dtype)` returns.
+      ring: as `init_ring(tree, depth, dtype)` returns.
       slot: int32 scalar, traced or not.
-      like: pytree with the structure and dtypes of `tree`.
-      dtype: as given to `init_history`.
+      like: pytree with the leaves of `tree`; None in it gives None.
+      dtype: as given to `init_ring`.
 
-    >>> zeros = jnp.zeros(2)
-    >>> ring, _ = write_then_read(init_history(zeros, depth=3), 4, jnp.ones(2), 4)
-    >>> read_slot(ring, 4, zeros), read_slot(ring, 1, zeros)  # the same slot of three
+    Raises:
+      ValueError: for a tree of other leaves than the ring's.
+
+    >>> ring = write_slot(init_ring(jnp.zeros(2), depth=3), 4, jnp.ones(2))
+    >>> read_slot(ring, 4, jnp.zeros(2)), read_slot(ring, 1, jnp.zeros(2))  # one slot of three
     (Array([1., 1.], dtype=float32), Array([1., 1.], dtype=float32))
     """
-    return jax.tree.map(
-        lambda leaf, ring: _unpack(_read(ring, slot), jnp.asarray(leaf), dtype), like, history
-    )
+
+    def read(leaf: Any, slots: jax.Array) -> jax.Array | None:
+        if leaf is None:
+            return None
+        index = slot % slots.shape[0]
+        stored = jax.lax.dynamic_index_in_dim(slots, index, keepdims=False)
+        return _unpack(stored, jnp.asarray(leaf), dtype)
+
+    leaves, structure, rings, _ = _paired(like, ring)
+    return jax.tree.unflatten(structure, map(read, leaves, rings))
 
 
 def write_then_read(
-    history: PyTree,
+    ring: Ring,
     write: jax.Array | int,
     tree: PyTree,
     read: jax.Array | int,
     dtype: DTypeLike | None = None,
-) -> tuple[PyTree, PyTree]:
+) -> tuple[Ring, PyTree]:
     """Writes `tree` into slot `write`, then reads slot `read` from the result.
 
     In this order a donated ring is updated in place. Read first and the slices are fused into
     whatever uses them, perhaps after the write: XLA then keeps the old ring alive by copying it.
+    """
+    ring = write_slot(ring, write, tree, dtype)
+    return ring, read_slot(ring, read, tree, dtype)
+
+
+def as_dtypes_of(reference: PyTree | None, tree: PyTree) -> PyTree:
+    """Returns `tree` with the dtypes of `reference`, if there is one; None stays None.
+
+    >>> as_dtypes_of(jnp.zeros((), jnp.float16), jnp.ones(())).dtype
+    dtype('float16')
+    """
+    if reference is None:
+        return tree
+
+    def cast(leaf: Any, like: Any) -> Any:
+        return leaf if leaf is None or like is None else jnp.asarray(leaf).astype(like.dtype)
+
+    return jax.tree.map(cast, tree, reference, is_leaf=_is_none)
+
+
+def check_ring(
+    ring: Ring, depth: int, owner: str, like: PyTree = (), dtype: DTypeLike | None = None
+) -> None:
+    """Refuses a ring of another depth than `depth`, or that does not store leaves like these.
 
     Args:
-      history: as `init_history(tree, depth, dtype)` returns.
-      write: int32 scalar.
-      tree: what to store.
-      read: int32 scalar; may be `write`.
-      dtype: as given to `init_history`.
+      ring: to be checked.
+      depth: number of slots.
+      owner: whose it is, for the message.
+      like: the pytree that it stores; () checks the depth only.
+      dtype: as given to `init_ring`.
 
-    Returns:
-      The new ring, and the pytree in slot `read` in the dtypes of `tree`.
+    Raises:
+      ValueError: naming the leaf, what it has and what it needs, and the remedy.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(ring.slots):
+        if leaf.shape[:1] != (depth,):
+            raise ValueError(
+                f"the state of {owner} has {leaf.shape[0] if leaf.ndim else 0} slots for "
+                f"{_name(path)} and its delay needs {depth}: it is the state of another delay; "
+                "convert it by asgd_jax.resize_history(state, delay)"
+            )
+    if isinstance(like, tuple) and like == ():
+        return
+    leaves, _, slots, _ = _paired(like, ring)
+    for leaf, stored in zip(leaves, slots, strict=True):
+        wanted = stored.dtype if leaf is None else _stored_dtype(jnp.asarray(leaf), dtype)
+        if stored.dtype != wanted:
+            raise ValueError(
+                f"the state of {owner} has a history of dtype {stored.dtype} and needs {wanted}: "
+                "something has cast the optimizer's state; half-precision history is kept as bits "
+                "and cannot be cast, make a new state by init(params)"
+            )
+
+
+def resize_ring(ring: Ring, newest: jax.Array | int, depth: int) -> Ring:
+    """Returns a ring of `depth` slots with the same latest values.
+
+    Args:
+      ring: its slots newest, newest - 1, ... hold values.
+      newest: the last slot that was written, int32.
+      depth: number of slots; where there were fewer, the oldest one fills the rest.
+
+    >>> ring = Ring(jnp.array([30, 40, 20]))  # of slots 2, 3, 4: slot 2 lies at index 2
+    >>> resize_ring(ring, 4, 2).slots, resize_ring(ring, 4, 4).slots
+    (Array([40, 30], dtype=int32), Array([40, 20, 20, 30], dtype=int32))
     """
 
-    def turn(leaf: ArrayLike, ring: jax.Array) -> tuple[jax.Array, jax.Array]:
-        leaf = jnp.asarray(leaf)
-        slots = jax.lax.dynamic_update_index_in_dim(
-            ring, _pack(leaf, dtype), write % ring.shape[0], axis=0
+    def resize(slots: jax.Array) -> jax.Array:
+        age = (newest - jnp.arange(depth)) % depth  # of the value that belongs at each index
+        return slots[(newest - jnp.minimum(age, slots.shape[0] - 1)) % slots.shape[0]]
+
+    return Ring(jax.tree.map(resize, ring.slots))
+
+
+def _paired(tree: PyTree, ring: Ring) -> tuple[list[Any], Any, list[Any], Any]:
+    """Leaves and structure of a tree and of the slots, None counted as a leaf.
+
+    The two are matched by the paths of their leaves, not by structure: a Flax box in the ring has
+    one name more than that of its parameter.
+    """
+    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
+    slots, ring_structure = jax.tree_util.tree_flatten_with_path(ring.slots, is_leaf=_is_none)
+    if [path for path, _ in paths] != [path for path, _ in slots]:
+        here, there = ({_name(path) for path, _ in pairs} for pairs in (paths, slots))
+        raise ValueError(
+            f"the history has leaves {sorted(there - here)} that the tree given does not have, "
+            f"which has {sorted(here - there)} instead: initialise the optimizer with the tree "
+            "that it is to update"
         )
-        return slots, _unpack(_read(slots, read), leaf, dtype)
+    for (path, leaf), (_, stored) in zip(paths, slots, strict=True):
+        if leaf is not None and jnp.shape(leaf) != jnp.shape(stored)[1:]:
+            raise ValueError(
+                f"{_name(path)} has shape {jnp.shape(leaf)} and its history "
+                f"{jnp.shape(stored)[1:]}: initialise the optimizer with the tree that it is to "
+                "update"
+            )
+    return [leaf for _, leaf in paths], structure, [leaf for _, leaf in slots], ring_structure
 
-    leaves, structure = jax.tree.flatten(tree)
-    pairs = [turn(*pair) for pair in zip(leaves, jax.tree.leaves(history), strict=True)]
-    rings, old = ([pair[k] for pair in pairs] for k in (0, 1))
-    return jax.tree.unflatten(structure, rings), jax.tree.unflatten(structure, old)
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "the parameter"
 
 
-def _read(ring: jax.Array, slot: jax.Array | int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(ring, slot % ring.shape[0], keepdims=False)
+def _is_none(node: Any) -> bool:
+    return node is None
 
 
 def _storage_dtype(leaf: jax.Array, dtype: DTypeLike | None) -> Any:
+    """The dtype whose values are stored."""
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
     return jnp.dtype(dtype) if dtype is not None and floating else leaf.dtype
 
 
+def _stored_dtype(leaf: jax.Array, dtype: DTypeLike | None) -> Any:
+    """The dtype of the slots."""
+    storage = _storage_dtype(leaf, dtype)
+    return jnp.dtype(jnp.uint16) if storage in (jnp.bfloat16, jnp.float16) else storage
+
+
 def _pack(leaf: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    stored = _stored_dtype(leaf, dtype)
     leaf = leaf.astype(_storage_dtype(leaf, dtype))
-    half = leaf.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.lax.bitcast_convert_type(leaf, jnp.uint16) if half else leaf
+    return leaf if leaf.dtype == stored else jax.lax.bitcast_convert_type(leaf, stored)
 
 
 def _unpack(stored: jax.Array, like: jax.Array, dtype: DTypeLike | None) -> jax.Array:
     storage = _storage_dtype(like, dtype)
     # Only where there are bits to turn back: JAX sends no gradient through this conversion.
-    value = stored if stored.dtype == storage else jax.lax.bitcast_convert_type(stored, storage)
-    return value.astype(like.dtype)
+    if stored.dtype != storage and not jnp.issubdtype(stored.dtype, jnp.floating):
+        stored = jax.lax.bitcast_convert_type(stored, storage)
+    return stored.astype(like.dtype)

@@ -7,14 +7,22 @@ import jax.numpy as jnp
 import optax
 
 from asgd_jax.delays.processes import DelayProcess, as_process
-from asgd_jax.transforms.history import PyTree, init_history, read_slot, write_then_read
+from asgd_jax.transforms.history import (
+    PyTree,
+    Ring,
+    as_dtypes_of,
+    check_ring,
+    init_ring,
+    read_slot,
+    write_then_read,
+)
 
 
 class ShiftedTraceState(NamedTuple):
     """State of `shifted_trace`: updates made, and a ring of `max_delay + 1` momentum buffers."""
 
-    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as optax's states do
-    trace: PyTree
+    num_updates: jax.Array
+    buffers: Ring
 
 
 def shifted_trace(
@@ -32,15 +40,18 @@ def shifted_trace(
     Args:
       decay: the momentum m in [0, 1), a float or scalar array.
       delay: int >= 0 or a `DelayProcess`; sizes the ring. Inside `delayed` the ring follows the
-        `staleness` that `delayed` hands down; without it an integer delay is used as it is.
+        `staleness` that `delayed` hands down, and the two must have the same largest delay; without
+        it an integer delay is used as it is.
       dampening: whether the gradient is scaled by 1 - m.
 
     Returns:
-      A GradientTransformationExtraArgs with a `ShiftedTraceState`.
+      A GradientTransformationExtraArgs with a `ShiftedTraceState`. Buffers, and the updates handed
+      on, have the dtypes of the parameters; a gradient that is None (a frozen leaf) stays None.
+      With half-precision parameters and other gradients `update` needs `params`.
 
     Raises:
       ValueError: for a bad delay or a momentum outside [0, 1); from `update`, for a random delay
-        without `staleness`.
+        without `staleness`, inside a `delayed` of another delay, or for the state of one.
 
     >>> tx = shifted_trace(0.5, delay=1)
     >>> state = tx.init(jnp.array(0.0))
@@ -59,9 +70,18 @@ def shifted_trace(
     if isinstance(decay, (int, float)) and not 0 <= decay < 1:
         raise ValueError(f"momentum must be in [0, 1), got {decay!r}")
 
+    depth = process.max_delay + 1
+
     def init_fn(params: PyTree) -> ShiftedTraceState:
-        buffers = init_history(optax.tree.zeros_like(params), process.max_delay + 1)
-        return ShiftedTraceState(count=jnp.zeros((), jnp.int32), trace=buffers)
+        buffers = init_ring(optax.tree.zeros_like(params), depth)
+        return ShiftedTraceState(num_updates=jnp.zeros((), jnp.int32), buffers=buffers)
+
+    def accumulate(buffer: jax.Array, gradient: jax.Array | None) -> jax.Array | None:
+        if gradient is None:
+            return None
+        momentum = jnp.asarray(decay, buffer.dtype)
+        gain = 1 - momentum if dampening else jnp.ones_like(momentum)
+        return momentum * buffer + gain * gradient.astype(buffer.dtype)
 
     def update_fn(
         updates: PyTree,
@@ -69,32 +89,40 @@ def shifted_trace(
         params: PyTree | None = None,
         *,
         staleness: jax.Array | None = None,
+        max_delay: int | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ShiftedTraceState]:
-        del params, extra_args
+        del extra_args
+        check_ring(state.buffers, depth, f"shifted_trace(max_delay={depth - 1})")
+        _refuse_other_delay(delay, depth - 1, staleness, max_delay)
         if staleness is None:
-            if isinstance(delay, DelayProcess):
-                raise ValueError(
-                    "shifted_trace with a delay process needs staleness=: "
-                    "wrap the optimizer in asgd_jax.delayed(optimizer, process)"
-                )
-            staleness = jnp.minimum(process.max_delay, state.count)
-        own_buffer = read_slot(state.trace, state.count - staleness, updates)
-
-        def accumulate(buffer: jax.Array, gradient: jax.Array) -> jax.Array:
-            momentum = jnp.asarray(decay, buffer.dtype)
-            gain = 1 - momentum if dampening else jnp.ones_like(momentum)
-            return momentum * buffer + gain * gradient
-
-        slot = state.count + 1
+            staleness = jnp.minimum(depth - 1, state.num_updates)
+        gradients = as_dtypes_of(params, updates)
+        own_buffer = read_slot(state.buffers, state.num_updates - staleness, gradients)
+        new = jax.tree.map(accumulate, own_buffer, gradients, is_leaf=lambda leaf: leaf is None)
+        slot = state.num_updates + 1
         # Read back what was written: otherwise XLA computes it a second time inside the parameter
         # update, from the old ring and after the write, and copies the whole ring to allow it.
-        trace, new_buffer = write_then_read(
-            state.trace, slot, jax.tree.map(accumulate, own_buffer, updates), slot
-        )
-        return new_buffer, ShiftedTraceState(slot, trace)
+        buffers, new_buffer = write_then_read(state.buffers, slot, new, slot)
+        return new_buffer, ShiftedTraceState(slot, buffers)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _refuse_other_delay(
+    delay: int | DelayProcess, own: int, staleness: jax.Array | None, handed: int | None
+) -> None:
+    """Refuses a random delay of nobody, or the delay of a `delayed` that is not its own."""
+    if staleness is None and isinstance(delay, DelayProcess):
+        raise ValueError(
+            "shifted_trace with a delay process needs staleness=: "
+            "wrap the optimizer in asgd_jax.delayed(optimizer, process)"
+        )
+    if staleness is not None and handed is not None and handed != own:
+        raise ValueError(
+            f"shifted momentum of max_delay={own} inside delayed of max_delay={handed}: "
+            "give both the same delay"
+        )
 
 
 def shifted_sgd(

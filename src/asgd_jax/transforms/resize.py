@@ -1,0 +1,101 @@
+"""`resize_history`: the state of one delay made that of another."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from asgd_jax.delays.processes import DelayProcess, as_process
+from asgd_jax.transforms.delay_gradients import DelayGradientsState
+from asgd_jax.transforms.delayed import DelayedState
+from asgd_jax.transforms.history import PyTree, Ring, init_ring, read_slot, resize_ring
+from asgd_jax.transforms.momentum import ShiftedTraceState
+
+
+def resize_history(
+    state: optax.OptState,
+    delay: int | DelayProcess,
+    params: PyTree | None = None,
+    *,
+    history_dtype: DTypeLike | None = None,
+) -> optax.OptState:
+    """Returns an optimizer state for another delay, with everything of the past that it can keep.
+
+    A run that goes on with a longer delay knows no older parameters than those of its old history:
+    staleness then ramps up from there, as it does at the start of a run. With a shorter delay the
+    next gradient is taken at the oldest parameters that the new history holds, if it would have
+    been older.
+
+    Args:
+      state: an optimizer state with the states of `delayed`, `shifted_trace` or `delay_gradients`
+        at any depth.
+      delay: the new delay, int >= 0 or a `DelayProcess`: the one given to the new optimizer.
+      params: the live parameters; needed only where there was no delay before.
+      history_dtype: as given to `delayed`.
+
+    Raises:
+      ValueError: for a bad delay, and for a state without a history when `params` is None.
+
+    >>> from asgd_jax import delayed
+    >>> state = delayed(optax.sgd(0.1), delay=3).init(jnp.zeros(2))
+    >>> resize_history(state, 8).history.slots.shape
+    (8, 2)
+    """
+    depth = as_process(delay).max_delay
+
+    def convert(node: Any) -> Any:
+        if isinstance(node, DelayedState):
+            inner_state = jax.tree.map(convert, node.inner_state, is_leaf=_is_kept)
+            node = node._replace(inner_state=inner_state)
+            return _resize_delayed(node, depth, params, history_dtype)
+        if isinstance(node, ShiftedTraceState):
+            return node._replace(buffers=resize_ring(node.buffers, node.num_updates, depth + 1))
+        if isinstance(node, DelayGradientsState):
+            newest = node.num_updates - 1
+            return node._replace(gradients=resize_ring(node.gradients, newest, depth + 1))
+        return node
+
+    return jax.tree.map(convert, state, is_leaf=_is_kept)
+
+
+def _is_kept(node: Any) -> bool:
+    return isinstance(node, (DelayedState, ShiftedTraceState, DelayGradientsState))
+
+
+def _resize_delayed(
+    state: DelayedState, depth: int, params: PyTree | None, history_dtype: DTypeLike | None
+) -> DelayedState:
+    if depth == 0:
+        return state._replace(history=(), stale=(), staleness=jnp.zeros((), jnp.int32))
+    if not isinstance(state.history, Ring):
+        if params is None:
+            raise ValueError(
+                "a state of delay 0 has no history to resize: pass params, the live parameters"
+            )
+        return state._replace(
+            history=init_ring(params, depth, history_dtype),
+            stale=jax.tree.map(jnp.array, params),
+            history_start=state.num_updates,
+        )
+    slots = jax.tree.leaves(state.history.slots)
+    old_depth = slots[0].shape[0] if slots else depth
+    history = resize_ring(state.history, state.num_updates - 1, depth)
+    return state._replace(
+        history=history,
+        history_start=jnp.maximum(state.history_start, state.num_updates - old_depth),
+        **_shorten(state, history, depth, history_dtype),
+    )
+
+
+def _shorten(
+    state: DelayedState, history: Ring, depth: int, history_dtype: DTypeLike | None
+) -> dict[str, Any]:
+    """The next gradient's staleness and parameters, from within the new history."""
+    oldest = read_slot(history, state.num_updates - depth, state.stale, history_dtype)
+    keep = state.staleness <= depth
+    return {
+        "staleness": jnp.minimum(state.staleness, depth),
+        "stale": jax.tree.map(lambda old, new: jnp.where(keep, old, new), state.stale, oldest),
+    }
