@@ -13,7 +13,7 @@ from asgd_jax.transforms.history import PyTree
 class Accumulation(NamedTuple):
     """Gradients of an update that is not due yet: how many (int32), and their sum over `every`."""
 
-    num_gradients: jax.Array
+    num_accumulated: jax.Array
     mean_so_far: PyTree
 
 
@@ -44,7 +44,7 @@ def accumulate(
       accumulated afterwards.
 
     >>> due, mean, kept = accumulate(jnp.array(4.0), init_accumulation(jnp.array(0.0), 2), 2, False)
-    >>> bool(due), float(mean), int(kept.num_gradients)
+    >>> bool(due), float(mean), int(kept.num_accumulated)
     (False, 2.0, 1)
     """
     fine: bool | jax.Array = True
@@ -53,7 +53,7 @@ def accumulate(
         fine = jnp.all(jnp.stack(leaves)) if leaves else True
     if every == 1:
         return fine, gradients, accumulated
-    number = accumulated.num_gradients + jnp.asarray(fine, jnp.int32)
+    number = accumulated.num_accumulated + jnp.asarray(fine, jnp.int32)
     due = fine & (number == every)
 
     def add(gradient: Any, mean: Any) -> Any:

@@ -18,9 +18,9 @@ from asgd_jax.transforms.history import (
 
 
 class DelayGradientsState(NamedTuple):
-    """State of `delay_gradients`: updates seen, ring of `max_delay + 1` gradients, random key."""
+    """State of `delay_gradients`: gradients seen, ring of `max_delay + 1` gradients, random key."""
 
-    num_updates: jax.Array
+    num_gradients: jax.Array
     gradients: Ring
     key: jax.Array
 
@@ -74,7 +74,7 @@ def delay_gradients(
 
     def init_fn(params: PyTree) -> DelayGradientsState:
         return DelayGradientsState(
-            num_updates=jnp.zeros((), jnp.int32),
+            num_gradients=jnp.zeros((), jnp.int32),
             gradients=init_ring(optax.tree.zeros_like(params), depth),
             key=jax.random.PRNGKey(seed),
         )
@@ -83,7 +83,7 @@ def delay_gradients(
         updates: PyTree, state: DelayGradientsState, params: PyTree | None = None
     ) -> tuple[PyTree, DelayGradientsState]:
         check_ring(state.gradients, depth, f"delay_gradients(max_delay={depth - 1})")
-        step = state.num_updates
+        step = state.num_gradients
         staleness = jnp.clip(process.sample(state.key, step), 0, depth - 1)
         # The new gradient is stored first, which costs one slot more than a queue and saves a copy
         # of all slots: it does not depend on the gradient that it replaces.

@@ -214,6 +214,7 @@ def _with_those_it_takes(
     try:
         return update(*arguments, **(given | optional))
     except TypeError as error:
-        if not any(f"unexpected keyword argument '{name}'" in str(error) for name in optional):
+        said = str(error)
+        if not ("unexpected keyword argument" in said.lower() and any(k in said for k in optional)):
             raise
     return update(*arguments, **given)

@@ -19,9 +19,9 @@ from asgd_jax.transforms.history import (
 
 
 class ShiftedTraceState(NamedTuple):
-    """State of `shifted_trace`: updates made, and a ring of `max_delay + 1` momentum buffers."""
+    """State of `shifted_trace`: pushes made, and a ring of `max_delay + 1` momentum buffers."""
 
-    num_updates: jax.Array
+    num_pushes: jax.Array
     buffers: Ring
 
 
@@ -74,7 +74,7 @@ def shifted_trace(
 
     def init_fn(params: PyTree) -> ShiftedTraceState:
         buffers = init_ring(optax.tree.zeros_like(params), depth)
-        return ShiftedTraceState(num_updates=jnp.zeros((), jnp.int32), buffers=buffers)
+        return ShiftedTraceState(num_pushes=jnp.zeros((), jnp.int32), buffers=buffers)
 
     def accumulate(buffer: jax.Array, gradient: jax.Array | None) -> jax.Array | None:
         if gradient is None:
@@ -96,11 +96,11 @@ def shifted_trace(
         check_ring(state.buffers, depth, f"shifted_trace(max_delay={depth - 1})")
         _refuse_other_delay(delay, depth - 1, staleness, max_delay)
         if staleness is None:
-            staleness = jnp.minimum(depth - 1, state.num_updates)
+            staleness = jnp.minimum(depth - 1, state.num_pushes)
         gradients = as_dtypes_of(params, updates)
-        own_buffer = read_slot(state.buffers, state.num_updates - staleness, gradients)
+        own_buffer = read_slot(state.buffers, state.num_pushes - staleness, gradients)
         new = jax.tree.map(accumulate, own_buffer, gradients, is_leaf=lambda leaf: leaf is None)
-        slot = state.num_updates + 1
+        slot = state.num_pushes + 1
         # Read back what was written: otherwise XLA computes it a second time inside the parameter
         # update, from the old ring and after the write, and copies the whole ring to allow it.
         buffers, new_buffer = write_then_read(state.buffers, slot, new, slot)

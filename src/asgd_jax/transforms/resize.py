@@ -51,9 +51,9 @@ def resize_history(
             node = node._replace(inner_state=inner_state)
             return _resize_delayed(node, depth, params, history_dtype)
         if isinstance(node, ShiftedTraceState):
-            return node._replace(buffers=resize_ring(node.buffers, node.num_updates, depth + 1))
+            return node._replace(buffers=resize_ring(node.buffers, node.num_pushes, depth + 1))
         if isinstance(node, DelayGradientsState):
-            newest = node.num_updates - 1
+            newest = node.num_gradients - 1
             return node._replace(gradients=resize_ring(node.gradients, newest, depth + 1))
         return node
 
