@@ -137,7 +137,7 @@ def run_script(*arguments, cwd, **environment):
 
 def test_the_script_reproduces(tmp_path):
     # As in a terminal of a notebook whose backend is not installed here.
-    backend = "module://matplotlib_inline_that_is_nowhere.backend_inline"
+    backend = "module://matplotlib_inline.backend_inline"
     arguments = ("--figure=4,6", "--preset=smoke", "--out=r")
     done = run_script(*arguments, cwd=tmp_path, MPLBACKEND=backend)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,6 @@ import pytest
 
 from asgd_jax.experiments.run_table import (
     add_runs,
-    hold_fingerprint,
     open_table,
     read_records,
     run_key,
@@ -39,9 +38,10 @@ def test_a_table_is_found_again_whatever_its_keys_hold(tmp_path):
     ]
 
 
-def test_a_fingerprint_is_written_once_and_held(tmp_path):
-    file = tmp_path / "new" / "fingerprint.json"
-    assert not hold_fingerprint(file, {"epochs": (1, 2)})
-    assert hold_fingerprint(file, {"epochs": [1, 2]})
+def test_a_folder_is_made_with_its_first_run_and_holds_its_fingerprint(tmp_path):
+    table = open_table(tmp_path / "new", {"epochs": (1, 2)})
+    assert not (tmp_path / "new").exists()  # a sweep that is refused leaves nothing behind
+    add_runs(table, {"a": [{"loss": 1.0}]})
+    assert open_table(tmp_path / "new", {"epochs": [1, 2]}).runs == {"a": [{"loss": 1}]}
     with pytest.raises(ValueError, match=r"has epochs=\[1, 2\] and this configuration epochs=3"):
-        hold_fingerprint(file, {"epochs": 3})
+        open_table(tmp_path / "new", {"epochs": 3})

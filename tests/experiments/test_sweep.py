@@ -66,7 +66,7 @@ def test_a_sweep_gives_the_curves_of_single_runs(single_runs, runs_at_once):
     [
         (2, {"momentum": 0.9, "momentum_kind": "shifted", "dampening": True}),
         (2**31, {"momentum": 0.5, "delay_distribution": "uniform"}),
-        (2**40 + 7, {"delay_distribution": "workers", "worker_schedule": "normal"}),
+        (2**32 - 1, {"delay_distribution": "workers", "worker_schedule": "normal"}),
     ],
     ids=["shifted", "heavy_ball, uniform", "workers"],
 )
@@ -263,8 +263,10 @@ def test_values_with_blanks_are_found_again(tmp_path, made):
 
 def test_points_may_hold_numbers_of_numpy_and_jax(tmp_path, made):
     plain = {"learning_rate": 0.5, "momentum": 0.0, "delay": 3, "dampening": True, "seed": 1}
+    plain["decay_epochs"] = (1, 2)
     point = {
         "learning_rate": np.float32(0.5),
+        "decay_epochs": (np.int64(1), 2),
         "momentum": 0,
         "delay": np.int64(3),
         "dampening": np.bool_(True),
@@ -305,14 +307,15 @@ def test_all_points_are_checked_before_the_first_run(tmp_path, made, point, mess
         ("delay_trace", None, "no such file"),
     ],
 )
-def test_what_data_and_devices_refuse_is_refused_before_the_first_run(made, field, good, bad):
+def test_what_data_and_devices_refuse_is_refused_first(tmp_path, made, field, good, bad):
     base = {"delay_distribution": "constant", field: good}
     other = base | {field: bad}
     if field == "delay_trace":
         other["delay_distribution"] = "trace"
     with pytest.raises(ValueError, match=str(bad)):
-        sweep(small_config(), [base, other])
+        sweep(small_config(), [base, other], work=tmp_path / "work")
     assert not made
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_folder_takes_the_same_sweep_elsewhere_and_no_other(tmp_path, made):

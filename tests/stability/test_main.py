@@ -116,7 +116,7 @@ def test_picture_under_a_notebooks_backend_that_is_not_installed(tmp_path):
     command = [sys.executable, "-m", "asgd_jax.stability", "--delay=4", "--momentum=0"]
     done = subprocess.run(
         [*command, f"--plot={tmp_path / 'p.png'}"],
-        env=os.environ | {"MPLBACKEND": "module://a_backend_that_is_nowhere"},
+        env=os.environ | {"MPLBACKEND": "no_such_backend"},
         stderr=subprocess.PIPE,
         text=True,
         check=False,

@@ -18,11 +18,12 @@ from ml_collections import ConfigDict
 
 from asgd_jax import curvature, data, stability
 from asgd_jax.data.in_memory import Dataset
-from asgd_jax.experiments.run_table import Record, hold_fingerprint
+from asgd_jax.experiments.run_table import Record, holds_fingerprint
 from asgd_jax.experiments.sweep import Point, sweep, train_params
 from asgd_jax.training import rerun
 from asgd_jax.training.config import validate_config
 from asgd_jax.training.feed import load_dataset, plan_of
+from asgd_jax.training.report import write_json
 from asgd_jax.training.setup import make_model
 from asgd_jax.training.state import PyTree
 from asgd_jax.training.step import cross_entropy
@@ -89,7 +90,7 @@ def _trained(config: ConfigDict, dataset: Dataset, file: Path) -> PyTree:
         "epochs": config.epochs,
     }
     # Parameters without it may be anybody's: they are trained anew.
-    if hold_fingerprint(file.with_suffix(".json"), fingerprint) and file.exists():
+    if holds_fingerprint(file.with_suffix(".json"), fingerprint):
         with np.load(file) as saved:
             leaves = [saved[name] for name in saved.files]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -98,6 +99,7 @@ def _trained(config: ConfigDict, dataset: Dataset, file: Path) -> PyTree:
     partial = file.with_suffix(".partial.npz")
     np.savez(partial, *jax.tree.leaves(params))
     partial.replace(file)
+    write_json(file.with_suffix(".json"), fingerprint)
     return params
 
 

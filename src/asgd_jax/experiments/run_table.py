@@ -18,10 +18,12 @@ class RunTable(NamedTuple):
 
     Attributes:
       file: records.csv, rewritten whole at each `add_runs`: it never holds half a run.
+      fingerprint: what all runs share; in fingerprint.json from the first run on.
       runs: the records of each run, by the run's key.
     """
 
     file: Path
+    fingerprint: dict[str, Any]
     runs: dict[str, list[Record]]
 
 
@@ -34,42 +36,39 @@ def run_key(point: Mapping[str, Any]) -> str:
     return json.dumps(point, sort_keys=True)
 
 
-def hold_fingerprint(file: Path, fingerprint: Mapping[str, Any]) -> bool:
-    """Returns whether a file holds this fingerprint; writes it there where there is no file.
+def holds_fingerprint(file: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Returns whether a file holds this fingerprint, False where there is no file.
 
     Args:
-      file: in a folder whose other files were made under its fingerprint.
-      fingerprint: what they were made from, JSON values.
+      file: JSON, in a folder whose other files were made under this fingerprint.
+      fingerprint: what they are to be made from, JSON values.
 
     Raises:
       ValueError: when the file holds another one, naming the first field that differs.
     """
-    wanted = json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
     if file.exists():
-        refuse_mismatch(json.loads(file.read_text()), wanted, file.parent)
-        return True
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, wanted)
-    return False
+        refuse_mismatch(json.loads(file.read_text()), fingerprint, file.parent)
+    return file.exists()
 
 
 def open_table(work: Path, fingerprint: Mapping[str, Any]) -> RunTable:
-    """Opens a folder's table, empty in a new folder.
+    """Opens a folder's table, empty where there is none; nothing is written yet.
 
     Args:
-      work: folder of records.csv and of fingerprint.json, made when missing.
+      work: folder of records.csv and of fingerprint.json.
       fingerprint: what all runs share, JSON values.
 
     Raises:
       ValueError: when the folder's runs were made under another fingerprint.
     """
-    hold_fingerprint(work / "fingerprint.json", fingerprint)
+    fingerprint = json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
+    holds_fingerprint(work / "fingerprint.json", fingerprint)
     file = work / "records.csv"
-    return RunTable(file, _read_runs(file) if file.exists() else {})
+    return RunTable(file, fingerprint, _read_runs(file) if file.exists() else {})
 
 
 def add_runs(table: RunTable, runs: Mapping[str, Sequence[Record]]) -> RunTable:
-    """Returns the table with more runs, written to its file, all or nothing.
+    """Returns the table with more runs, written to its file, all or nothing; makes its folder.
 
     Args:
       table: to be replaced by the result.
@@ -80,6 +79,8 @@ def add_runs(table: RunTable, runs: Mapping[str, Sequence[Record]]) -> RunTable:
         for key, records in {**table.runs, **runs}.items()
         for record in records
     ]
+    table.file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(table.file.with_name("fingerprint.json"), table.fingerprint)
     partial = table.file.with_suffix(".partial")
     write_records(partial, rows)
     partial.replace(table.file)

@@ -116,49 +116,41 @@ def sweep(
     """
     if runs_at_once is not None and runs_at_once < 1:
         raise ValueError(f"runs_at_once must be >= 1, got {runs_at_once}: 1 runs them one by one")
-    if work is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return sweep(
-                config,
-                points,
-                work=Path(folder),
-                runs_at_once=runs_at_once,
-                initial=initial,
-                leave_loss=leave_loss,
-                progress=progress,
-            )
     if not points:
         return []
     configs = [point_config(config, point) for point in points]
-    streamed = [each.dataset in streamed_feed.DATASETS for each in configs]
-    if any(streamed):
+    if any(map(_is_streamed, configs)):
         refuse_options(initial, leave_loss)
     points = _resolved(points, configs)
     keys = [run_key(_identity(point, each)) for point, each in zip(points, configs, strict=True)]
-    table = open_table(Path(work), _fingerprint(config, points, initial, leave_loss))
-    last = {key: k for k, key in enumerate(keys)}  # of points that are equal one is run
-    missing = sorted(k for key, k in last.items() if key not in table.runs)
-    folders = [Path(work) / "runs" / hashlib.sha256(key.encode()).hexdigest()[:16] for key in keys]
-    blocks = itertools.chain(
-        _compiled(
-            configs, [k for k in missing if not streamed[k]], initial, leave_loss, runs_at_once
-        ),
-        train_each(configs, [k for k in missing if streamed[k]], folders, progress=progress),
-    )
-    total = sum(configs[k].epochs for k in missing)
-    with progress_bar(total, unit="epoch", show=progress) as bar:
-        for finished in blocks:
-            table = add_runs(
-                table,
-                {keys[k]: [{**points[k], **row} for row in found] for k, found in finished},
-            )
-            bar.update(sum(configs[k].epochs for k, _ in finished))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch if work is None else work)
+        table = open_table(folder, _fingerprint(config, points, initial, leave_loss))
+        last = {key: k for k, key in enumerate(keys)}  # of points that are equal one is run
+        missing = sorted(k for key, k in last.items() if key not in table.runs)
+        compiled = [k for k in missing if not _is_streamed(configs[k])]
+        singles = {
+            k: folder / "runs" / hashlib.sha256(keys[k].encode()).hexdigest()[:16]
+            for k in missing
+            if _is_streamed(configs[k])
+        }
+        blocks = itertools.chain(
+            _compiled(configs, compiled, initial, leave_loss, runs_at_once),
+            train_each(configs, singles, progress=progress),
+        )
+        total = sum(configs[k].epochs for k in missing)
+        with progress_bar(total, unit="epoch", show=progress) as bar:
+            for finished in blocks:
+                rows = {keys[k]: [{**points[k], **row} for row in found] for k, found in finished}
+                table = add_runs(table, rows)
+                bar.update(sum(configs[k].epochs for k, _ in finished))
     # A point's own values, which a table would round or turn into text.
-    return [
-        record | point
-        for key, point in zip(keys, points, strict=True)
-        for record in table.runs[key]
-    ]
+    pairs = zip(keys, points, strict=True)
+    return [record | point for key, point in pairs for record in table.runs[key]]
+
+
+def _is_streamed(config: ConfigDict) -> bool:
+    return config.dataset in streamed_feed.DATASETS
 
 
 def _compiled(
@@ -194,9 +186,8 @@ def point_config(config: ConfigDict, point: Point) -> ConfigDict:
     for field, value in point.items():
         if field not in changed:
             raise ValueError(f"points change {field!r}, which is no field of a configuration")
-        scalar = isinstance(value, (np.generic, np.ndarray, jax.Array))
         try:
-            changed[field] = np.asarray(value).tolist() if scalar else value
+            changed[field] = jax.tree.map(_plain, value)
         except TypeError as error:
             kind = config.get_type(field).__name__
             raise ValueError(f"a point has {field}={value!r}: it must be of type {kind}") from error
@@ -204,11 +195,16 @@ def point_config(config: ConfigDict, point: Point) -> ConfigDict:
     make_model(changed, num_classes=1)  # a bad name or option
     devices.make_mesh(changed.num_devices)
     make_delay_process(changed, 1)  # a bad trace
-    if changed.dataset not in streamed_feed.DATASETS:
+    if not _is_streamed(changed):
         for field, value in (("batch_stats", "recalibrate"), ("parallelism", "pmap")):
             if changed[field] == value:
                 raise ValueError(f"{field}={value!r} is not done in a sweep: use the default")
     return changed
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy's or JAX's as one of Python's."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _resolved(points: Sequence[Point], configs: Sequence[ConfigDict]) -> list[dict[str, Any]]:
