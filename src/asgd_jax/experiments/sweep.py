@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from asgd_jax.data.in_memory import Dataset
 from asgd_jax.delays import DelayProcess
-from asgd_jax.experiments.run_table import Record, add_runs, open_table, run_key
+from asgd_jax.experiments.run_table import Record, RunTable, add_runs, open_table, run_key
 from asgd_jax.experiments.single_runs import Finished, refuse_options, train_each, with_epochs
 from asgd_jax.experiments.sweep_program import (
     RunValues,
@@ -128,15 +128,12 @@ def sweep(
         table = open_table(folder, _fingerprint(config, points, initial, leave_loss))
         last = {key: k for k, key in enumerate(keys)}  # of points that are equal one is run
         missing = sorted(k for key, k in last.items() if key not in table.runs)
-        compiled = [k for k in missing if not _is_streamed(configs[k])]
-        singles = {
-            k: folder / "runs" / hashlib.sha256(keys[k].encode()).hexdigest()[:16]
-            for k in missing
-            if _is_streamed(configs[k])
-        }
+        names = [hashlib.sha256(key.encode()).hexdigest()[:16] for key in keys]
+        folders = {k: folder / "runs" / names[k] for k in missing if _is_streamed(configs[k])}
+        in_memory = [k for k in missing if k not in folders]
         blocks = itertools.chain(
-            _compiled(configs, compiled, initial, leave_loss, runs_at_once),
-            train_each(configs, singles, progress=progress),
+            _compiled(configs, in_memory, initial, leave_loss, runs_at_once),
+            train_each(configs, folders, progress=progress),
         )
         total = sum(configs[k].epochs for k in missing)
         with progress_bar(total, unit="epoch", show=progress) as bar:
@@ -144,9 +141,16 @@ def sweep(
                 rows = {keys[k]: [{**points[k], **row} for row in found] for k, found in finished}
                 table = add_runs(table, rows)
                 bar.update(sum(configs[k].epochs for k, _ in finished))
-    # A point's own values, which a table would round or turn into text.
-    pairs = zip(keys, points, strict=True)
-    return [record | point for key, point in pairs for record in table.runs[key]]
+    return _in_order(table, keys, points)
+
+
+def _in_order(table: RunTable, keys: Sequence[str], points: Sequence[Point]) -> list[Record]:
+    """The records of all points, with their own values: a table rounds, or turns into text."""
+    return [
+        {**record, **point}
+        for key, point in zip(keys, points, strict=True)
+        for record in table.runs[key]
+    ]
 
 
 def _is_streamed(config: ConfigDict) -> bool:
