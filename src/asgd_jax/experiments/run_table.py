@@ -61,10 +61,10 @@ def open_table(work: Path, fingerprint: Mapping[str, Any]) -> RunTable:
     Raises:
       ValueError: when the folder's runs were made under another fingerprint.
     """
-    fingerprint = json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
-    holds_fingerprint(work / "fingerprint.json", fingerprint)
+    wanted = json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
+    holds_fingerprint(work / "fingerprint.json", wanted)
     file = work / "records.csv"
-    return RunTable(file, fingerprint, _read_runs(file) if file.exists() else {})
+    return RunTable(file, wanted, _read_runs(file) if file.exists() else {})
 
 
 def add_runs(table: RunTable, runs: Mapping[str, Sequence[Record]]) -> RunTable:
