@@ -13,7 +13,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main() -> int:
-    """Reproduces what the command line asks for; a mistake of the user's is one line and code 2."""
+    """Reproduces what the command line asks for; returns the exit code, see `run_command`."""
     parser = _Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--figure", required=True, metavar="N|eos|all", help="of the paper; several with commas"
@@ -28,9 +28,11 @@ def main() -> int:
     from asgd_jax.experiments import reproduce as figures
     from asgd_jax.experiments.results_page import write_page
     from asgd_jax.training.compilation_cache import use_compilation_cache
+    from asgd_jax.training.preemption import run_command
 
     use_compilation_cache()
-    try:
+
+    def make() -> None:
         for figure in figures.figure_names(options.figure):
             if options.redraw:
                 summary = figures.redraw(figure, options.out)
@@ -40,9 +42,8 @@ def main() -> int:
             write_page(options.out)
         if not options.redraw:
             figures.clean_work(options.out)
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
-    return 0
+
+    return run_command("reproduce.py", make)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,12 @@
 """The demo as `make demo` runs it, shortened."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +37,26 @@ def test_the_demo_shows_the_papers_point(short, tmp_path, capsys):
 def test_an_unwritable_folder_is_one_line(capsys):
     assert demo.main(["--out", "/proc/demo"]) == 2
     assert capsys.readouterr().err.startswith("demo: ")
+
+
+def test_no_training_without_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(demo, "train", None)
+    assert demo.main(["--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "demo: the picture needs matplotlib: pip install matplotlib\n"
+
+
+def test_a_stopped_demo_is_one_line_and_leaves_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "asgd_jax.experiments.demo", f"--out={tmp_path / 'out'}"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not list(tmp_path.glob(".out-*/demo/*/metrics.csv")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=240)
+    assert (process.returncode, err) == (75, "demo: stopped; start it again, it is short\n")
+    assert not list(tmp_path.iterdir())

@@ -89,14 +89,34 @@ def test_the_grid_has_eight_per_cent_steps_from_the_edge_of_s_sgd():
     assert rates[1:] / rates[:-1] == pytest.approx(np.full(6, 1.08), rel=1e-4)
 
 
-def test_a_minimum_is_trained_once(tmp_path, monkeypatch):
+def minimum_config(**changes):
     config = default_config()
     config.model, config.epochs, config.num_devices = "mlp", 2, 1
     config.model_options.hidden = (8,)
     config.num_train, config.num_workers, config.worker_batch_size = 128, 1, 32
     config.learning_rate = 0.1
-    first = escape.reach_minimum(config, tmp_path)
-    monkeypatch.setattr(escape, "train_params", None)
-    again = escape.reach_minimum(config, tmp_path)
+    config.update(changes)
+    return config
+
+
+def test_a_minimum_is_trained_once_and_is_nobody_elses(tmp_path, monkeypatch):
+    first = escape.reach_minimum(minimum_config(), tmp_path)
+    trained = []
+    monkeypatch.setattr(
+        escape, "train_params", lambda config, dataset: trained.append(config) or first.params
+    )
+    again = escape.reach_minimum(minimum_config(), tmp_path)
     assert (first.loss, first.sharpness) == pytest.approx((again.loss, again.sharpness), rel=1e-6)
     assert first.sharpness > 0
+    changes = {"learning_rate": 0.2, "epochs": 3, "seed": 1, "num_train": 64, "normalize": "half"}
+    for field, value in changes.items():
+        with pytest.raises(
+            ValueError, match=rf"{field}=.* and this configuration {field}={value!r}"
+        ):
+            escape.reach_minimum(minimum_config(**{field: value}), tmp_path)
+    # Where it runs is no part of what it is.
+    escape.reach_minimum(minimum_config(num_devices=2, checkpoint_every_epochs=0), tmp_path)
+    assert not trained
+    (tmp_path / "minimum.json").unlink()  # whose parameters these are nobody knows
+    escape.reach_minimum(minimum_config(seed=1), tmp_path)
+    assert [config.seed for config in trained] == [1]

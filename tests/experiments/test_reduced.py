@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from asgd_jax.experiments import reduced
 from asgd_jax.training.config import validate_config
+from asgd_jax.training.preemption import Preempted
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -102,3 +103,14 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys
     assert line.count("\n") == 1
     assert message in line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stopped_run_is_one_line_and_goes_on(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise Preempted(7)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(reduced, "train", stop)
+    assert reduced.main([f"--out={tmp_path / 'out'}", f"--workdir={tmp_path / 'work'}"]) == 75
+    line = "reduced: stopped at step 7, which is saved: run the same command to resume\n"
+    assert capsys.readouterr().err == line

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from asgd_jax.experiments import reproduce as driver
 from asgd_jax.experiments.figures import fig06
 from asgd_jax.experiments.results_page import page
+from asgd_jax.training.preemption import Preempted
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,7 +78,7 @@ def test_unknown_figures_and_presets_write_nothing(tmp_path):
 
 
 def test_a_missing_matplotlib_is_told_before_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(driver.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
         driver.reproduce("6", "smoke", tmp_path)
     assert os.listdir(tmp_path) == []
@@ -121,15 +123,23 @@ def test_committed_tables_are_what_the_code_gives(figure, tmp_path):
                 assert float(new[name]) == pytest.approx(value, rel=1e-8)
 
 
-def run_script(*arguments, cwd):
+def run_script(*arguments, cwd, **environment):
     script = str(ROOT / "scripts" / "reproduce.py")
     return subprocess.run(
-        [sys.executable, script, *arguments], cwd=cwd, capture_output=True, text=True, check=False
+        [sys.executable, script, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
     )
 
 
 def test_the_script_reproduces(tmp_path):
-    done = run_script("--figure=4,6", "--preset=smoke", "--out=r", cwd=tmp_path)
+    # As in a terminal of a notebook whose backend is not installed here.
+    backend = "module://matplotlib_inline.backend_inline"
+    arguments = ("--figure=4,6", "--preset=smoke", "--out=r")
+    done = run_script(*arguments, cwd=tmp_path, MPLBACKEND=backend)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("claims hold") == 2
     assert sorted(os.listdir(tmp_path / "r")) == ["README.md", "fig04", "fig06"]
@@ -174,3 +184,25 @@ def test_the_script_complains_in_one_line(tmp_path, arguments, message):
     assert done.stderr.startswith("reproduce.py: ")
     assert message in done.stderr
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (Preempted(40), 75, "stopped at step 40, which is saved: run the same command to resume"),
+        (KeyboardInterrupt(), 130, "interrupted; what is finished is kept"),
+    ],
+)
+def test_the_script_says_in_one_line_that_it_was_stopped(
+    tmp_path, monkeypatch, capsys, raised, code, line
+):
+    def stop(*_):
+        raise raised
+
+    monkeypatch.setattr(driver, "reproduce", stop)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--figure=6", f"--out={tmp_path}"])
+    spec = importlib.util.spec_from_file_location("script", ROOT / "scripts" / "reproduce.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.main() == code
+    assert capsys.readouterr().err == f"reproduce.py: {line}\n"

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 import subprocess
 import sys
 
@@ -109,6 +110,19 @@ def test_picture(capsys, tmp_path, line):
     path = tmp_path / "thresholds.png"
     assert main([*line.split(), "--plot", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_under_a_notebooks_backend_that_is_not_installed(tmp_path):
+    command = [sys.executable, "-m", "asgd_jax.stability", "--delay=4", "--momentum=0"]
+    done = subprocess.run(
+        [*command, f"--plot={tmp_path / 'p.png'}"],
+        env=os.environ | {"MPLBACKEND": "no_such_backend"},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_picture_without_matplotlib(capsys, monkeypatch):

@@ -51,6 +51,18 @@ def at_least(claim: str, measured: float, bound: float) -> Claim:
     return Claim(claim, f"at least {bound:.6g}", float(measured), bool(measured >= bound))
 
 
+def deviation(values: ArrayLike) -> np.ndarray:
+    """Returns the standard deviation along the first axis, n - 1 in its denominator.
+
+    It is NaN for a single value: one seed says nothing of how far seeds differ.
+
+    >>> float(deviation([1.0, 3.0])), float(deviation([1.0]))
+    (1.4142135623730951, nan)
+    """
+    values = np.asarray(values, np.float64)
+    return values.std(axis=0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], np.nan)
+
+
 class Line(NamedTuple):
     """A least-squares line; `r_squared` is the share of the variance of y that it explains."""
 

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from asgd_jax.experiments import style
 from asgd_jax.training import default_config, train
 from asgd_jax.training.metrics import read_rows
+from asgd_jax.training.preemption import run_command
 
 DELAY = 32
 EPOCHS = 40
@@ -112,21 +113,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all results")
     out = parser.parse_args(arguments).out
-    try:
-        # Made beside its place and moved there: a broken demo leaves the last good one alone.
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-            partial = Path(folder) / "demo"
-            summaries = run(partial)
-            style.save(plot(partial), partial / "demo.png")
-            (partial / "table.txt").write_text(table(summaries) + "\n")
-            shutil.rmtree(out, ignore_errors=True)
-            partial.rename(out)
-    except (OSError, ValueError) as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
+    return run_command("demo", lambda: _make(out), stopped="stopped; start it again, it is short")
+
+
+def _make(out: Path) -> None:
+    style.require_matplotlib()
+    # Made beside its place and moved there: a broken demo leaves the last good one alone.
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        partial = Path(folder) / "demo"
+        summaries = run(partial)
+        style.save(plot(partial), partial / "demo.png")
+        (partial / "table.txt").write_text(table(summaries) + "\n")
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
     print(f"\n{table(summaries)}\n\ntable: {out / 'table.txt'}\npicture: {out / 'demo.png'}")
-    return 0
 
 
 def _folder(name: str) -> str:

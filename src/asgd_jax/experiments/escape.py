@@ -18,10 +18,12 @@ from ml_collections import ConfigDict
 
 from asgd_jax import curvature, data, stability
 from asgd_jax.data.in_memory import Dataset
-from asgd_jax.experiments.run_table import Record
+from asgd_jax.experiments.run_table import Record, holds_fingerprint
 from asgd_jax.experiments.sweep import Point, sweep, train_params
+from asgd_jax.training import rerun
 from asgd_jax.training.config import validate_config
-from asgd_jax.training.feed import load_dataset
+from asgd_jax.training.feed import load_dataset, plan_of
+from asgd_jax.training.report import write_json
 from asgd_jax.training.setup import make_model
 from asgd_jax.training.state import PyTree
 from asgd_jax.training.step import cross_entropy
@@ -60,7 +62,7 @@ def reach_minimum(config: ConfigDict, work: Path) -> Start:
     """Trains a configuration and measures where it ends; the parameters are kept in `work`.
 
     Raises:
-      ValueError: when the loss there is not finite.
+      ValueError: when the loss there is not finite, or `work` holds another run's minimum.
     """
     validate_config(config)
     dataset = load_dataset(config)
@@ -75,11 +77,20 @@ def reach_minimum(config: ConfigDict, work: Path) -> Start:
 
 
 def _trained(config: ConfigDict, dataset: Dataset, file: Path) -> PyTree:
-    """The parameters at the end of a run: those in the file, or else trained and written there."""
+    """The parameters at the end of a run: those in the file, or else trained and written there.
+
+    Beside them lies what they were trained from: `refuse_mismatch` names what differs from it.
+    """
     model = make_model(config, dataset.num_classes)
     images = np.zeros((1, *dataset.train_images.shape[1:]), np.float32)
     like = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))["params"]
-    if file.exists():
+    fingerprint = {
+        **rerun.fingerprint(config),
+        **rerun.data_fingerprint(config, plan_of(config, len(dataset.train_labels))),
+        "epochs": config.epochs,
+    }
+    # Parameters without it may be anybody's: they are trained anew.
+    if holds_fingerprint(file.with_suffix(".json"), fingerprint):
         with np.load(file) as saved:
             leaves = [saved[name] for name in saved.files]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -88,6 +99,7 @@ def _trained(config: ConfigDict, dataset: Dataset, file: Path) -> PyTree:
     partial = file.with_suffix(".partial.npz")
     np.savez(partial, *jax.tree.leaves(params))
     partial.replace(file)
+    write_json(file.with_suffix(".json"), fingerprint)
     return params
 
 

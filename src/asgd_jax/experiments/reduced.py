@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from asgd_jax.experiments.claims import Claim, at_most
-from asgd_jax.experiments.reproduce import write_records
+from asgd_jax.experiments.run_table import write_records
 from asgd_jax.training import train
 from asgd_jax.training.metrics import read_rows
+from asgd_jax.training.plan import num_classes
+from asgd_jax.training.preemption import run_command
 from asgd_jax.training.report import environment, write_json
 
 Record = dict[str, float | int | str]
@@ -142,7 +144,7 @@ def make_record(name: str, run: Run, workdir: Path, summary: Mapping[str, Any]) 
     """Returns the row of a finished run; losses are means over `log_every_steps` updates."""
     losses = [row["train_loss"] for row in read_rows(workdir)]
     error = float(summary["final"]["validation_error"])
-    chance = _chance_error(summary["config"]["dataset"])
+    chance = 1.0 - 1.0 / num_classes(summary["config"]["dataset"])
     return {
         "run": name,
         "config": f"{run.config}:{run.arm}",
@@ -160,11 +162,6 @@ def make_record(name: str, run: Run, workdir: Path, summary: Mapping[str, Any]) 
         "commit": summary["commit"] or "unknown",
         "command": command(name, run),
     }
-
-
-def _chance_error(dataset: str) -> float:
-    num_classes = {"imagenet2012": 1000, "cifar100": 100}.get(dataset, 10)
-    return 1.0 - 1.0 / num_classes
 
 
 def make_claim(run: Run, record: Record) -> Claim:
@@ -282,26 +279,25 @@ def describe(content: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs from the command line; returns the exit code: 0, or 2 after a mistake in one line."""
+    """Runs from the command line; returns the exit code, see `run_command`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/reduced"), help="of the table")
     parser.add_argument("--workdir", type=Path, default=Path("runs/reduced"), help="of the runs")
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="of the config files")
     parser.add_argument("--only", default="", help="comma-separated names of runs; all by default")
     options = parser.parse_args(arguments)
+    return run_command("reduced", lambda: _make(options))
+
+
+def _make(options: argparse.Namespace) -> None:
     names = options.only.split(",") if options.only else list(RUNS)
-    try:
-        unknown = [name for name in names if name not in RUNS]
-        if unknown:
-            raise ValueError(f"unknown run {unknown[0]!r}: use some of {', '.join(RUNS)}")
-        chosen = {name: RUNS[name] for name in names}
-        content = reproduce(options.out, options.workdir, options.configs, chosen)
-    except (OSError, ValueError) as error:
-        print(f"reduced: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    unknown = [name for name in names if name not in RUNS]
+    if unknown:
+        raise ValueError(f"unknown run {unknown[0]!r}: use some of {', '.join(RUNS)}")
+    chosen = {name: RUNS[name] for name in names}
+    content = reproduce(options.out, options.workdir, options.configs, chosen)
     held = sum(claim["holds"] for claim in content["claims"])
     print(f"{held} of {len(content['claims'])} claims hold; see {options.out / 'README.md'}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Given the records, `plot` and `claims` compute nothing new: whoever has the tabl
 """
 
 import importlib
-import importlib.util
 import json
 import shutil
 import tempfile
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from asgd_jax.experiments import style
-from asgd_jax.experiments.run_table import Record, read_records, stored, write_records
+from asgd_jax.experiments.run_table import Record, read_records, write_records
 from asgd_jax.training.report import environment, write_json
 
 _MODULES = "asgd_jax.experiments.figures"
@@ -93,8 +92,7 @@ def reproduce(figure: str, preset: str, out: Path) -> dict[str, Any]:
     if preset not in module.PRESETS:
         known = ", ".join(each for each in PRESETS if each in module.PRESETS)
         raise ValueError(f"unknown preset {preset!r} of figure {figure}: use one of {known}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the picture needs matplotlib: pip install matplotlib")
+    style.require_matplotlib()
     config = module.PRESETS[preset]
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -139,13 +137,13 @@ def _write(
     """Writes a figure's files, all or nothing; returns its summary."""
     name = folder_name(figure)
     module = importlib.import_module(FIGURES[figure])
-    # As they will be in the file, so that pictures and claims are functions of what is kept.
-    records = [{column: stored(cell) for column, cell in row.items()} for row in records]
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{name}-") as partial_name:
         partial = Path(partial_name)
+        write_records(partial / "records.csv", records)
+        # As they are in the file, so that pictures and claims are functions of what is kept.
+        records = read_records(partial / "records.csv")
         claims = [claim._asdict() for claim in module.claims(records)]
         summary = description | {"claims": claims}
-        write_records(partial / "records.csv", records)
         style.save(module.plot(records), partial / f"{name}.png")
         write_json(partial / "summary.json", summary)
         folder = out / name

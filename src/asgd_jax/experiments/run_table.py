@@ -1,17 +1,16 @@
 """The records of many runs in one CSV file that a killed program can be continued from."""
 
-import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pandas as pd
 
 from asgd_jax.training.checkpoint import refuse_mismatch
 from asgd_jax.training.report import write_json
 
-Cell = float | int | str | bool
 Record = dict[str, Any]
-Key = tuple[str, ...]
 
 
 class RunTable(NamedTuple):
@@ -19,74 +18,84 @@ class RunTable(NamedTuple):
 
     Attributes:
       file: records.csv, rewritten whole at each `add_runs`: it never holds half a run.
+      fingerprint: what all runs share; in fingerprint.json from the first run on.
       runs: the records of each run, by the run's key.
     """
 
     file: Path
-    runs: dict[Key, list[Record]]
+    fingerprint: dict[str, Any]
+    runs: dict[str, list[Record]]
 
 
-def run_key(point: Mapping[str, Cell]) -> Key:
-    """Returns what identifies a run: its fields and their values, as they are written.
+def run_key(point: Mapping[str, Any]) -> str:
+    """Returns what identifies a run: its fields and their values, as JSON.
 
-    >>> run_key({"delay": 3, "learning_rate": 0.5})
-    ('delay=3', 'learning_rate=0.5')
+    >>> run_key({"delay": 3, "decay_epochs": (1, 2)})
+    '{"decay_epochs": [1, 2], "delay": 3}'
     """
-    return tuple(f"{field}={point[field]}" for field in sorted(point))
+    return json.dumps(point, sort_keys=True)
+
+
+def holds_fingerprint(file: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Returns whether a file holds this fingerprint, False where there is no file.
+
+    Args:
+      file: JSON, in a folder whose other files were made under this fingerprint.
+      fingerprint: what they are to be made from, JSON values.
+
+    Raises:
+      ValueError: when the file holds another one, naming the first field that differs.
+    """
+    if file.exists():
+        refuse_mismatch(json.loads(file.read_text()), fingerprint, file.parent)
+    return file.exists()
 
 
 def open_table(work: Path, fingerprint: Mapping[str, Any]) -> RunTable:
-    """Opens a folder's table, empty in a new folder.
+    """Opens a folder's table, empty where there is none; nothing is written yet.
 
     Args:
-      work: folder of records.csv and of fingerprint.json, made when missing.
+      work: folder of records.csv and of fingerprint.json.
       fingerprint: what all runs share, JSON values.
 
     Raises:
       ValueError: when the folder's runs were made under another fingerprint.
     """
-    work.mkdir(parents=True, exist_ok=True)
     wanted = json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
-    saved = work / "fingerprint.json"
-    if saved.exists():
-        refuse_mismatch(json.loads(saved.read_text()), wanted, work)
-    else:
-        write_json(saved, wanted)
-    table = RunTable(work / "records.csv", {})
-    if table.file.exists():
-        for record in read_records(table.file):
-            key = tuple(str(record.pop("run")).split(" "))
-            table.runs.setdefault(key, []).append(record)
-    return table
+    holds_fingerprint(work / "fingerprint.json", wanted)
+    file = work / "records.csv"
+    return RunTable(file, wanted, _read_runs(file) if file.exists() else {})
 
 
-def add_runs(
-    table: RunTable, runs: Iterable[tuple[Mapping[str, Cell], Sequence[Record]]]
-) -> RunTable:
-    """Returns the table with more runs, written to its file, all or nothing.
+def add_runs(table: RunTable, runs: Mapping[str, Sequence[Record]]) -> RunTable:
+    """Returns the table with more runs, written to its file, all or nothing; makes its folder.
 
     Args:
       table: to be replaced by the result.
-      runs: pairs of a run's fields and its records, which have the columns of all others.
+      runs: records by the run's key; they have the columns of all others.
     """
-    # Through text, so that a table is the same whether its runs were read or just made.
-    new = {
-        run_key(point): [
-            {name: stored(cell) for name, cell in record.items()} for record in records
-        ]
-        for point, records in runs
-    }
-    table = table._replace(runs=table.runs | new)
-    partial = table.file.with_suffix(".partial")
     rows = [
-        {"run": " ".join(key)} | record for key, records in table.runs.items() for record in records
+        {"run": key} | record
+        for key, records in {**table.runs, **runs}.items()
+        for record in records
     ]
+    table.file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(table.file.with_name("fingerprint.json"), table.fingerprint)
+    partial = table.file.with_suffix(".partial")
     write_records(partial, rows)
     partial.replace(table.file)
-    return table
+    # Read back, so that a table is the same whether its runs were read or just made.
+    return table._replace(runs=_read_runs(table.file))
 
 
-def write_records(file: Path, records: Sequence[Mapping[str, Cell]]) -> None:
+def _read_runs(file: Path) -> dict[str, list[Record]]:
+    runs: dict[str, list[Record]] = {}
+    for record in read_records(file):
+        runs.setdefault(record.pop("run"), []).append(record)
+    return runs
+
+
+def write_records(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Writes the rows as CSV; numbers with nine significant digits.
 
     Nine digits identify a float32, and hide the last bits in which two machines may differ.
@@ -99,37 +108,11 @@ def write_records(file: Path, records: Sequence[Mapping[str, Cell]]) -> None:
     2,0.666666667
      [{'delay': 2, 'h': 0.666666667}]
     """
-    with file.open("w", newline="") as lines:
-        table = csv.DictWriter(lines, list(records[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(
-            {name: _format(cell) for name, cell in record.items()} for record in records
-        )
+    table = pd.DataFrame(list(records))
+    table.to_csv(file, index=False, float_format="%.9g", na_rep="nan", lineterminator="\n")
 
 
 def read_records(file: Path) -> list[Record]:
-    """Returns the rows of a CSV file; cells that are numbers as int or float, others as str."""
-    with file.open(newline="") as lines:
-        return [{name: _parse(cell) for name, cell in row.items()} for row in csv.DictReader(lines)]
-
-
-def stored(cell: Cell) -> Cell:
-    """Returns a cell as it comes back from a file.
-
-    >>> stored(1 / 3), stored(0.0), stored(False)
-    (0.333333333, 0, 'False')
-    """
-    return _parse(_format(cell))
-
-
-def _format(cell: Cell) -> str:
-    return f"{cell:.9g}" if isinstance(cell, float) else str(cell)
-
-
-def _parse(cell: str) -> Cell:
-    for kind in (int, float):
-        try:
-            return kind(cell)
-        except ValueError:
-            continue
-    return cell
+    """Returns the rows of a CSV file; columns of numbers or booleans as such, others as text."""
+    table = pd.read_csv(file, keep_default_na=False, na_values=["nan"])
+    return table.to_dict("records")

@@ -1,7 +1,7 @@
 """The points of a sweep one after another, by `train`: for data that is streamed."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,20 @@ Finished = list[tuple[int, list[Record]]]  # runs by their index, with their row
 
 
 def train_each(
-    configs: Sequence[ConfigDict], indices: Sequence[int], work: Path, *, progress: bool
+    configs: Sequence[ConfigDict], folders: Mapping[int, Path], *, progress: bool
 ) -> Iterator[Finished]:
     """Yields the rows of each run as it finishes; one that was interrupted goes on.
 
     Args:
       configs: of all runs.
-      indices: which of them to make.
-      work: run k has the folder `work`/k.
+      folders: of those to make, by their index.
       progress: show a progress bar on a terminal.
 
     The columns are those of a compiled sweep. train_loss and train_error are of the updates since
     the last row of the run's metrics: the epoch's, unless `log_every_steps` is set.
     """
-    for index in indices:
-        summary = train(configs[index], work / str(index), progress=progress)
+    for index, folder in folders.items():
+        summary = train(configs[index], folder, progress=progress)
         diverged_at = summary["diverged_at_step"]
         rows = [
             {
@@ -42,7 +41,7 @@ def train_each(
                 "validation_error": row["validation_error"],
                 "diverged_at": -1,
             }
-            for row in read_rows(work / str(index))
+            for row in read_rows(folder)
             if not math.isnan(row["validation_error"])
         ]
         if diverged_at is not None:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from asgd_jax.stability.plot import import_matplotlib
+
 # Okabe and Ito's palette, in an order in which neighbours differ in lightness too.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000",
@@ -25,13 +27,25 @@ _SETTINGS = {
 }
 
 
+def require_matplotlib() -> None:
+    """Refuses to begin, before hours of training, where no picture can be drawn at the end.
+
+    Raises:
+      ValueError: naming the remedy.
+    """
+    try:
+        new_figure()
+    except ImportError as error:
+        raise ValueError("the picture needs matplotlib: pip install matplotlib") from error
+
+
 def new_figure(num_panels: int = 1, *, width: float = 5.4, height: float = 3.9) -> Any:
     """Returns (figure, [axes]) with `num_panels` panels side by side; sizes in inches a panel.
 
     Raises:
       ImportError: when matplotlib is missing: install the `plot` extra.
     """
-    import matplotlib as mpl
+    mpl = import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -53,8 +67,7 @@ def sparse_markers(num_points: int, wanted: int = 8) -> dict[str, Any]:
 
 def save(figure: Any, file: Path) -> None:
     """Writes a picture; equal figures give equal bytes."""
-    import matplotlib as mpl
-
+    mpl = import_matplotlib()
     file.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(_SETTINGS):
         figure.savefig(file, metadata={"Software": None})

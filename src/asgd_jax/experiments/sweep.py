@@ -1,6 +1,7 @@
 """A grid of training runs, one compiled program for all that share their shapes; resumable."""
 
-import sys
+import hashlib
+import itertools
 import tempfile
 import zlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 from asgd_jax.data.in_memory import Dataset
 from asgd_jax.delays import DelayProcess
-from asgd_jax.experiments.run_table import Cell, Record, add_runs, open_table, run_key
+from asgd_jax.experiments.run_table import Record, RunTable, add_runs, open_table, run_key
 from asgd_jax.experiments.single_runs import Finished, refuse_options, train_each, with_epochs
 from asgd_jax.experiments.sweep_program import (
     RunValues,
@@ -25,14 +26,16 @@ from asgd_jax.experiments.sweep_program import (
     put_samples,
     rows_of,
 )
-from asgd_jax.training import streamed_feed
+from asgd_jax.training import mesh as devices
+from asgd_jax.training import rerun, streamed_feed
 from asgd_jax.training.config import validate_config
 from asgd_jax.training.feed import load_dataset, plan_of
 from asgd_jax.training.optimizer import Values, effective_learning_rate, make_delay_process
+from asgd_jax.training.progress_bar import progress_bar
 from asgd_jax.training.setup import make_model
 from asgd_jax.training.state import PyTree, num_params
 
-Point = Mapping[str, Cell]
+Point = Mapping[str, Any]
 
 # Fields that are data of a program; whether there is any momentum is its structure.
 _VALUES = ("learning_rate", "learning_rate_rule", "momentum", "seed")
@@ -41,6 +44,13 @@ _DELAYS = (
     "delay_trace",
 )
 _ROWS = ("epochs", "eval_every_epochs")  # only how many of the latter the former are is structure
+# What the samples on the device depend on.
+_DATA = (
+    *("dataset", "data_dir", "num_train", "num_validation", "normalize"),
+    "eval_batch_size",
+)
+# A run of `train` may be prolonged and report anew; one of a sweep is its rows.
+_REPORTED = (*_ROWS, "log_every_steps")
 # How many runs are quickest in one `vmap`, as `make bench` measures: on a CPU convolutions lose by
 # it, and of large dense layers the weights of eight runs no longer fit the caches.
 _SMALL_MODEL = 20_000  # parameters
@@ -106,31 +116,45 @@ def sweep(
     """
     if runs_at_once is not None and runs_at_once < 1:
         raise ValueError(f"runs_at_once must be >= 1, got {runs_at_once}: 1 runs them one by one")
-    if work is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return sweep(
-                config,
-                points,
-                work=Path(folder),
-                runs_at_once=runs_at_once,
-                initial=initial,
-                leave_loss=leave_loss,
-                progress=progress,
-            )
+    if not points:
+        return []
     configs = [point_config(config, point) for point in points]
-    table = open_table(Path(work), _fingerprint(config, initial, leave_loss))
-    missing = [index for index, point in enumerate(points) if run_key(point) not in table.runs]
-    if config.dataset in streamed_feed.DATASETS:
+    if any(map(_is_streamed, configs)):
         refuse_options(initial, leave_loss)
-        blocks = train_each(configs, missing, Path(work) / "runs", progress=progress)
-    else:
-        blocks = _compiled(configs, missing, initial, leave_loss, runs_at_once)
-    with _progress_bar(sum(configs[index].epochs for index in missing), progress) as bar:
-        for finished in blocks:
-            rows = [(points[k], [{**points[k], **row} for row in found]) for k, found in finished]
-            table = add_runs(table, rows)
-            bar.update(sum(configs[index].epochs for index, _ in finished))
-    return [record for point in points for record in table.runs[run_key(point)]]
+    points = _resolved(points, configs)
+    keys = [run_key(_identity(point, each)) for point, each in zip(points, configs, strict=True)]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch if work is None else work)
+        table = open_table(folder, _fingerprint(config, points, initial, leave_loss))
+        last = {key: k for k, key in enumerate(keys)}  # of points that are equal one is run
+        missing = sorted(k for key, k in last.items() if key not in table.runs)
+        names = [hashlib.sha256(key.encode()).hexdigest()[:16] for key in keys]
+        folders = {k: folder / "runs" / names[k] for k in missing if _is_streamed(configs[k])}
+        in_memory = [k for k in missing if k not in folders]
+        blocks = itertools.chain(
+            _compiled(configs, in_memory, initial, leave_loss, runs_at_once),
+            train_each(configs, folders, progress=progress),
+        )
+        total = sum(configs[k].epochs for k in missing)
+        with progress_bar(total, unit="epoch", show=progress) as bar:
+            for finished in blocks:
+                rows = {keys[k]: [{**points[k], **row} for row in found] for k, found in finished}
+                table = add_runs(table, rows)
+                bar.update(sum(configs[k].epochs for k, _ in finished))
+    return _in_order(table, keys, points)
+
+
+def _in_order(table: RunTable, keys: Sequence[str], points: Sequence[Point]) -> list[Record]:
+    """The records of all points, with their own values: a table rounds, or turns into text."""
+    return [
+        {**record, **point}
+        for key, point in zip(keys, points, strict=True)
+        for record in table.runs[key]
+    ]
+
+
+def _is_streamed(config: ConfigDict) -> bool:
+    return config.dataset in streamed_feed.DATASETS
 
 
 def _compiled(
@@ -141,15 +165,19 @@ def _compiled(
     runs_at_once: int | None,
 ) -> Iterator[Finished]:
     """Yields finished runs of data that lives in memory, a block at a time."""
-    if not indices:
-        return
-    dataset = load_dataset(configs[indices[0]])
     full_train = bool(np.isfinite(leave_loss))
-    samples = put_samples(dataset, configs[0].eval_batch_size, full_train=full_train)
-    for runs in group_runs(configs, indices, dataset, runs_at_once, full_train):
-        steps = runs.shape.plan.steps_per_epoch
-        for finished in run_blocks(runs, samples, initial, leave_loss):
-            yield [(index, with_epochs(rows, steps)) for index, rows in finished]
+    # All data sets and batch plans are looked at before the first run.
+    groups = []
+    for alike in _split(indices, [tuple(configs[k][name] for name in _DATA) for k in indices]):
+        dataset = load_dataset(configs[alike[0]])
+        groups.append((dataset, group_runs(configs, alike, dataset, runs_at_once, full_train)))
+    for dataset, group in groups:
+        batch_size = group[0].shape.config.eval_batch_size
+        samples = put_samples(dataset, batch_size, full_train=full_train)
+        for runs in group:
+            steps = runs.shape.plan.steps_per_epoch
+            for finished in run_blocks(runs, samples, initial, leave_loss):
+                yield [(index, with_epochs(rows, steps)) for index, rows in finished]
 
 
 def point_config(config: ConfigDict, point: Point) -> ConfigDict:
@@ -162,13 +190,50 @@ def point_config(config: ConfigDict, point: Point) -> ConfigDict:
     for field, value in point.items():
         if field not in changed:
             raise ValueError(f"points change {field!r}, which is no field of a configuration")
-        changed[field] = value
+        try:
+            changed[field] = jax.tree.map(_plain, value)
+        except TypeError as error:
+            kind = config.get_type(field).__name__
+            raise ValueError(f"a point has {field}={value!r}: it must be of type {kind}") from error
     validate_config(changed)
-    if changed.dataset not in streamed_feed.DATASETS:
+    make_model(changed, num_classes=1)  # a bad name or option
+    devices.make_mesh(changed.num_devices)
+    make_delay_process(changed, 1)  # a bad trace
+    if not _is_streamed(changed):
         for field, value in (("batch_stats", "recalibrate"), ("parallelism", "pmap")):
             if changed[field] == value:
                 raise ValueError(f"{field}={value!r} is not done in a sweep: use the default")
     return changed
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy's or JAX's as one of Python's."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _resolved(points: Sequence[Point], configs: Sequence[ConfigDict]) -> list[dict[str, Any]]:
+    """The points as their configurations hold them: 1 is 1.0 for a float, no value is an array's.
+
+    Raises:
+      ValueError: when a point names other fields than the first.
+    """
+    for point in points:
+        if set(point) != set(points[0]):
+            raise ValueError(
+                f"all points must name the same fields: {sorted(points[0])} and {sorted(point)}"
+            )
+    held = [config.to_dict() for config in configs]
+    return [
+        {field: values[field] for field in point}
+        for point, values in zip(points, held, strict=True)
+    ]
+
+
+def _identity(point: Point, config: ConfigDict) -> dict[str, Any]:
+    """What a run's key holds: the point, and the content of the trace that it names."""
+    if config.delay_distribution != "trace":
+        return dict(point)
+    return {**point, "trace": zlib.crc32(Path(config.delay_trace).read_bytes())}
 
 
 def group_runs(
@@ -279,7 +344,7 @@ def stack_values(runs: Runs, leave_loss: float) -> RunValues:
             Values(
                 np.float32(effective_learning_rate(config)),
                 np.float32(config.momentum),
-                np.int32(config.seed),
+                np.int64(config.seed).astype(np.int32),  # as `PRNGKey` takes large ones
             ),
             _staleness(config, steps_per_epoch, length),
             np.int32(config.eval_every_epochs),
@@ -298,16 +363,17 @@ def _staleness(config: ConfigDict, steps_per_epoch: int, length: int) -> np.ndar
     return np.asarray(draw(jnp.arange(length, dtype=jnp.int32)), np.int32)
 
 
-def _fingerprint(config: ConfigDict, initial: PyTree | None, leave_loss: float) -> dict[str, Any]:
+def _fingerprint(
+    config: ConfigDict, points: Sequence[Point], initial: PyTree | None, leave_loss: float
+) -> dict[str, Any]:
     start = None if initial is None else zlib.crc32(b"".join(map(bytes, _leaves(initial))))
-    return config.to_dict() | {"initial": start, "leave_loss": f"{leave_loss:.6g}"}
+    return rerun.fingerprint(config) | {
+        **{field: config[field] for field in _REPORTED},
+        "fields of a point": sorted(points[0]),
+        "initial": start,
+        "leave_loss": f"{leave_loss:.6g}",
+    }
 
 
 def _leaves(tree: PyTree) -> list[np.ndarray]:
     return [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(jax.device_get(tree))]
-
-
-def _progress_bar(total: int, show: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="epoch", disable=not (show and sys.stderr.isatty()))

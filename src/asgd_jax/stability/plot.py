@@ -1,6 +1,7 @@
 """The picture of the stability thresholds: 1 / h* is nearly linear in the delay."""
 
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,21 @@ _STYLES: dict[str, dict[str, Any]] = {
 _MOST_DELAYS = 100
 
 
+def import_matplotlib() -> Any:
+    """Returns matplotlib, whatever backend MPLBACKEND names: pictures are drawn into files.
+
+    A notebook's backend is in the environment of all commands that are started there, and where it
+    is not installed matplotlib refuses to be imported.
+    """
+    asked = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib as mpl
+    finally:
+        if asked is not None:
+            os.environ["MPLBACKEND"] = asked
+    return mpl
+
+
 def plot_thresholds(question: Question, answered: dict[str, Any], path: str) -> None:
     """Writes a picture of 1 / h* against a constant delay, with the asker's own delay marked.
 
@@ -34,6 +50,7 @@ def plot_thresholds(question: Question, answered: dict[str, Any], path: str) -> 
       OSError: where the file cannot be written.
     """
     try:
+        import_matplotlib()
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError(

@@ -1,7 +1,6 @@
 """A run from its configuration to its summary: train in chunks, evaluate, save, report."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from asgd_jax.training.progress import (
     progress_from_json,
     progress_to_json,
 )
+from asgd_jax.training.progress_bar import progress_bar
 from asgd_jax.training.setup import Setup, make_validation, server_state, set_up
 from asgd_jax.training.state import TrainState, num_params
 from asgd_jax.training.step import gap
@@ -127,11 +127,8 @@ def _open_folder(config: ConfigDict, workdir: Path, reached: Progress) -> metric
 
 
 def _progress_bar(config: ConfigDict, setup: Setup, step: int, progress: bool) -> Any:
-    from tqdm import tqdm
-
     total = setup.feed.plan.steps_per_epoch * config.epochs
-    show = progress and sys.stderr.isatty()
-    return tqdm(total=total, initial=step, unit="step", disable=not show)
+    return progress_bar(total, unit="step", initial=step, show=progress)
 
 
 def _chunks(

@@ -24,6 +24,15 @@ _DATASETS = {
 }
 
 
+def num_classes(dataset: str) -> int:
+    """Returns how many labels a data set has.
+
+    >>> num_classes("imagenet2012")
+    1000
+    """
+    return _DATASETS[dataset][1]
+
+
 class MemoryPlan(NamedTuple):
     """Bytes on each device.
 

@@ -1,6 +1,7 @@
 """Being stopped: SIGTERM and SIGINT end a run at the next row, with a checkpoint."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,3 +60,31 @@ def catch_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def run_command(program: str, command: Callable[[], None], *, stopped: str | None = None) -> int:
+    """Runs what a command line asks for; returns its exit code.
+
+    That is 0, or after one line on standard error: 2 for a mistake of the user's, 75 when stopped
+    by a signal at a checkpoint, 130 when interrupted elsewhere.
+
+    Args:
+      program: its name, with which the line begins.
+      command: raises ValueError or OSError for a mistake.
+      stopped: what to say when it was stopped, if not that the same command resumes.
+
+    >>> run_command("demo", lambda: None)
+    0
+    """
+    try:
+        command()
+    except (OSError, ValueError) as error:
+        code, line = 2, " ".join(str(error).split())
+    except Preempted as stop:
+        code, line = EXIT_CODE, stopped or str(stop)
+    except KeyboardInterrupt:
+        code, line = 130, stopped or "interrupted; what is finished is kept"
+    else:
+        return 0
+    print(f"{program}: {line}", file=sys.stderr)
+    return code

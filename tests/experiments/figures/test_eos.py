@@ -83,6 +83,7 @@ def test_a_killed_figure_goes_on(smoke, smoke_folder, tmp_path, monkeypatch):
     keys = list(kept)
     file = (smoke_folder / "eos" / "records.csv").read_text().splitlines(keepends=True)
     lost = len(kept[keys[-1]])
+    table.file.parent.mkdir()
     table.file.write_text("".join(file[:-lost]))
     made = []
 

@@ -1,8 +1,11 @@
 """The figures of training runs: every preset is valid, smoke runs through, killed ones go on."""
 
+import csv
 import importlib
 import importlib.util
+import math
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -13,7 +16,17 @@ import pytest
 from ml_collections import ConfigDict
 
 from asgd_jax.experiments import reproduce as driver
-from asgd_jax.experiments.figures import fig11, training_runs
+from asgd_jax.experiments.figures import (
+    fig01,
+    fig03,
+    fig09,
+    fig11,
+    mnist_rates,
+    resnet_arms,
+    training_runs,
+)
+from asgd_jax.experiments.figures.resnet_arms import NORMAL, SHIFTED
+from asgd_jax.experiments.run_table import read_records
 from asgd_jax.training import default_config
 from asgd_jax.training.config import validate_config
 
@@ -93,10 +106,10 @@ def test_a_killed_figure_goes_on(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "claims hold" in done.stdout
     records = (tmp_path / "r" / "fig01" / "records.csv").read_text().splitlines()
-    # The finished runs were kept as they were: only the key of a run is left out of the records.
-    assert [line.partition(",")[2] for line in first[1:]] == [
-        line for line in records if line in {row.partition(",")[2] for row in first[1:]}
-    ]
+    # The finished runs were kept as they were: only the key is left out, and chance is new.
+    kept = [list(row.values())[1:] for row in csv.DictReader(first)]
+    rows = [list(row.values())[:-1] for row in csv.DictReader(records)]
+    assert kept == [row for row in rows if row in kept]
 
 
 def test_means_and_deviations_over_seeds():
@@ -110,8 +123,59 @@ def test_means_and_deviations_over_seeds():
     assert curve.std == pytest.approx([0.5**0.5] * 2)
     assert training_runs.final_errors(records, 2) == pytest.approx([0.2, 1.2])
     records[-1] |= {"diverged_at": 7}
-    assert training_runs.final_errors(records, 2) == pytest.approx([0.2, training_runs.CHANCE])
+    assert training_runs.final_errors(records, 2) == pytest.approx([0.2, 0.9])
     assert training_runs.did_diverge(records)
+    alone = training_runs.over_seeds(records[:2], [1, 2], "validation_error")
+    assert np.isnan(alone.std).all()
+    assert list(alone.low) == list(alone.mean) == list(alone.high)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "chance"), [("digits", 0.9), ("cifar100", 0.99), ("imagenet2012", 0.999)]
+)
+@pytest.mark.parametrize("module", [fig03, mnist_rates, resnet_arms])
+def test_a_diverged_arm_has_the_error_of_a_guess_among_its_classes(
+    module, dataset, chance, monkeypatch, tmp_path
+):
+    def diverging(config, points, **_):
+        row = {"epoch": 1, "validation_error": 0.5, "train_error": 0.5, "diverged_at": 3}
+        return [point | row for point in points]
+
+    monkeypatch.setattr(module, "sweep", diverging)
+    config = module.PRESETS["smoke"].copy_and_resolve_references()
+    config.train.dataset = dataset
+    records = module.run(config, tmp_path)
+    for column in ("validation_error", "train_error"):
+        assert set(training_runs.final_errors(records, 1, column)) == {chance}
+
+
+@pytest.mark.parametrize("figure", ["1", "3", "5", "9", "13"])
+@pytest.mark.filterwarnings("error")
+def test_one_seed_is_drawn_without_a_band(figure):
+    """No spread between seeds is known then, and no claim rests on one."""
+    module = importlib.import_module(driver.FIGURES[figure])
+    table = read_records(ROOT / "results" / driver.folder_name(figure) / "records.csv")
+    records = [record for record in table if record["seed"] == 0]
+    assert all("nan" not in claim.expected for claim in module.claims(records))
+    module.plot(records).canvas.draw()
+
+
+@pytest.mark.parametrize("module", [fig01, fig09])
+def test_bounds_of_two_deviations_divide_by_n_minus_one(module):
+    folder = module.__name__.rpartition(".")[2]
+    records = read_records(ROOT / "results" / folder / "records.csv")
+    if module is fig09:
+        arms = [resnet_arms.errors_of(records, arm) for arm in (SHIFTED, NORMAL)]
+    else:
+        rates = {row["learning_rate"] for row in records if row["delay"]}
+        eq_8 = min(rates, key=lambda rate: abs(np.log(rate * 31 / 0.32)))
+        rows = (
+            training_runs.select(records, delay=0),
+            training_runs.select(records, delay=31, learning_rate=eq_8),
+        )
+        arms = [training_runs.final_errors(each, 6) for each in rows]
+    bound = 2 * math.hypot(*(statistics.stdev(arm) for arm in arms))
+    assert module.claims(records)[-1].expected == f"at most {bound:.6g}"
 
 
 def test_spikes_are_counted_by_the_stated_rule():

@@ -23,7 +23,7 @@ import optax
 
 from asgd_jax import stability
 from asgd_jax.experiments import style
-from asgd_jax.experiments.claims import Claim, at_most, near
+from asgd_jax.experiments.claims import Claim, at_most, deviation, near
 from asgd_jax.experiments.departure import make_optimizer
 from asgd_jax.experiments.figures.threshold_curves import spread
 from asgd_jax.experiments.minima import Problem
@@ -184,7 +184,7 @@ def run(config: Config, work: Path) -> list[Record]:
         if keys[-1] not in table.runs:
             if each.data not in tracks:
                 tracks[each.data] = make_track(make_problem(each.data, config.seed))
-            table = add_runs(table, [(point, _measure(each, tracks[each.data], config))])
+            table = add_runs(table, {keys[-1]: _measure(each, tracks[each.data], config)})
     return [record for key in keys for record in table.runs[key]]
 
 
@@ -222,7 +222,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
         at_most("every run starts well below its edge, highest ratio", np.max(starts), _START)
     ]
     found.extend(_hover_claim(rows) for rows in series)
-    swings = [np.std(_thirds(rows, "ratio")[1]) for rows in series]
+    swings = [deviation(_thirds(rows, "ratio")[1]) for rows in series]
     found.append(
         at_most(
             "sharpness hovers: standard deviation in the last third over the edge, widest run",

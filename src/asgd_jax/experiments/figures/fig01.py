@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from asgd_jax.experiments import style
-from asgd_jax.experiments.claims import Claim, at_least, at_most
+from asgd_jax.experiments.claims import Claim, at_least, at_most, deviation
 from asgd_jax.experiments.figures import mnist_rates
 from asgd_jax.experiments.figures.mnist_rates import DELAY, rates_of
 from asgd_jax.experiments.figures.training_runs import (
-    CHANCE,
+    chance_error,
     did_diverge,
     final_errors,
     last_epoch,
@@ -39,7 +39,8 @@ def claims(records: Sequence[Record]) -> list[Claim]:
     ssgd = final_errors(select(records, delay=0), last)
     best = min(rates, key=lambda rate: errors[rate].mean())
     eq_8 = min(rates, key=lambda rate: abs(np.log(rate * DELAY / baseline)))
-    spread = np.hypot(ssgd.std(), errors[eq_8].std())
+    spread = np.hypot(deviation(ssgd), deviation(errors[eq_8]))
+    chance = chance_error(records)
     too_large = [rate for rate in rates if rate > _DIVERGES_ABOVE]
     return [
         at_least(
@@ -49,7 +50,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
         ),
         at_least(
             f"share of the rates above {_DIVERGES_ABOVE} that end above half of chance's error",
-            float(np.mean([errors[rate].mean() > CHANCE / 2 for rate in too_large])),
+            float(np.mean([errors[rate].mean() > chance / 2 for rate in too_large])),
             1.0,
         ),
         at_most(
@@ -61,7 +62,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
             "at eq. 8's rate, validation error exceeds S-SGD's by "
             f"(bound: {_CLOSE:.3f} or two standard deviations)",
             errors[eq_8].mean() - ssgd.mean(),
-            max(_CLOSE, 2 * float(spread)),
+            float(np.fmax(_CLOSE, 2 * spread)),
         ),
     ]
 
@@ -102,7 +103,7 @@ def _plot_final(axis: Any, records: Sequence[Record], last: int, rates: Sequence
     axis.errorbar(
         rates,
         [values.mean() for values in finals],
-        [values.std() for values in finals],
+        [deviation(values) for values in finals],
         color=style.BLUE,
         marker="o",
         capsize=3,

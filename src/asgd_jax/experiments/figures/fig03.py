@@ -9,8 +9,14 @@ from ml_collections import ConfigDict
 
 from asgd_jax import stability
 from asgd_jax.experiments import style
-from asgd_jax.experiments.claims import Claim, at_most
-from asgd_jax.experiments.figures.training_runs import final_errors, last_epoch, run_points, select
+from asgd_jax.experiments.claims import Claim, at_most, deviation
+from asgd_jax.experiments.figures.training_runs import (
+    final_errors,
+    last_epoch,
+    run_points,
+    select,
+    with_chance,
+)
 from asgd_jax.experiments.run_table import Record
 from asgd_jax.experiments.sweep import sweep
 from asgd_jax.training import default_config
@@ -85,7 +91,8 @@ def run(config: ConfigDict, work: Path) -> list[Record]:
         for factor in config.factors:
             rate = float(f"{baseline / delay * factor:.6g}")
             arms[f"{delay} {factor}"] = {"delay": delay, "learning_rate": rate}
-    return sweep(config.train, run_points(arms, config.seeds), work=work / "vgg_rates")
+    records = sweep(config.train, run_points(arms, config.seeds), work=work / "vgg_rates")
+    return with_chance(records, config.train)
 
 
 def claims(records: Sequence[Record]) -> list[Claim]:
@@ -96,7 +103,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
         errors = {rate: _errors(records, delay, rate) for rate in rates}
         eq_8 = min(rates, key=lambda rate: abs(np.log(rate * delay / baseline)))
         best = min(rates, key=lambda rate: errors[rate].mean())
-        spread = max(_CLOSE, ssgd.std(ddof=1))
+        spread = np.fmax(_CLOSE, deviation(ssgd))
         found += [
             at_most(
                 f"tau = {delay}: error at eq. 8's rate less S-SGD's "
@@ -122,7 +129,7 @@ def plot(records: Sequence[Record]) -> Any:
     for index, (delay, rates) in enumerate(_rates(records).items()):
         colour = style.COLOURS[index % len(style.COLOURS)]
         errors = np.stack([100 * _errors(records, delay, rate) for rate in rates])
-        mean, std = errors.mean(axis=1), errors.std(axis=1, ddof=1)
+        mean, std = errors.mean(axis=1), deviation(errors.T)
         axis.plot(rates, mean, color=colour, marker=style.MARKERS[index], label=f"τ = {delay}")
         # One standard deviation, within what the seeds gave: on this axis there is nothing below 0.
         low, high = np.fmax(mean - std, errors.min(axis=1)), np.fmin(mean + std, errors.max(axis=1))

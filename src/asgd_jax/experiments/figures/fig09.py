@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from asgd_jax.experiments import style
-from asgd_jax.experiments.claims import Claim, at_most
+from asgd_jax.experiments.claims import Claim, at_most, deviation
 from asgd_jax.experiments.figures import resnet_arms
 from asgd_jax.experiments.figures.resnet_arms import NORMAL, SHIFTED, errors_of
 from asgd_jax.experiments.figures.training_runs import last_epoch, over_seeds, plot_curve, select
@@ -26,13 +26,13 @@ _CLOSE = 0.01  # of validation error, in which two arms agree at the least
 def claims(records: Sequence[Record]) -> list[Claim]:
     """Checks that the two final errors differ by no more than seeds do."""
     constant, normal = errors_of(records, SHIFTED), errors_of(records, NORMAL)
-    spread = 2 * float(np.hypot(constant.std(), normal.std()))
+    spread = 2 * np.hypot(deviation(constant), deviation(normal))
     return [
         at_most(
             f"final errors of constant and Gaussian delays differ by (bound: {_CLOSE} or two "
             "standard deviations over seeds)",
             abs(constant.mean() - normal.mean()),
-            max(_CLOSE, spread),
+            float(np.fmax(_CLOSE, spread)),
         )
     ]
 

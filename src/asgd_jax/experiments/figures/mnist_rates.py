@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from asgd_jax.experiments.figures.training_runs import run_points, select
+from asgd_jax.experiments.figures.training_runs import run_points, select, with_chance
 from asgd_jax.experiments.run_table import Record
 from asgd_jax.experiments.sweep import sweep
 from asgd_jax.training import default_config
@@ -55,7 +55,8 @@ def run(config: ConfigDict, work: Path) -> list[Record]:
     baseline = float(config.train.learning_rate)
     arms = {"ssgd": {"delay": 0, "learning_rate": baseline}}
     arms |= {str(rate): {"delay": DELAY, "learning_rate": rate} for rate in [*rates, baseline]}
-    return sweep(config.train, run_points(arms, config.seeds), work=work / "mnist_rates")
+    records = sweep(config.train, run_points(arms, config.seeds), work=work / "mnist_rates")
+    return with_chance(records, config.train)
 
 
 def rates_of(records: Sequence[Record]) -> list[float]:

@@ -13,6 +13,7 @@ from asgd_jax.experiments.figures.training_runs import (
     run_points,
     select,
     with_arm,
+    with_chance,
 )
 from asgd_jax.experiments.run_table import Record
 from asgd_jax.experiments.sweep import point_config, sweep
@@ -109,7 +110,7 @@ def run(config: ConfigDict, work: Path) -> list[Record]:
             peak = effective_learning_rate(point_config(config.train, arm))
             arm["warmup_from"] = float(f"{config.ramp_from / peak:.6g}")
     records = sweep(config.train, run_points(arms, config.seeds), work=work / "resnet_arms")
-    return with_arm(records, arms)
+    return with_chance(with_arm(records, arms), config.train)
 
 
 def errors_of(records: Sequence[Record], arm: str) -> np.ndarray:

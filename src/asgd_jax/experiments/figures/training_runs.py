@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from asgd_jax.experiments.run_table import Record, stored
+from asgd_jax.experiments.claims import deviation
+from asgd_jax.experiments.run_table import Record
+from asgd_jax.training.plan import num_classes
 
-CHANCE = 0.9  # error of a guess among ten classes
-
-# Columns that a diverged run is given from there on.
-_DIVERGED = {"validation_error": CHANCE, "train_error": CHANCE}
+_TEN_CLASSES = 0.9  # error of a guess: of tables that are older than their column chance_error
 
 
 class Curve(NamedTuple):
@@ -19,8 +19,9 @@ class Curve(NamedTuple):
     Attributes:
       epochs: whole numbers.
       mean: over the seeds.
-      std: standard deviation over the seeds, 0 for one seed.
-      low, high: one standard deviation below and above the mean, within what the seeds gave.
+      std: standard deviation over the seeds, NaN for one seed.
+      low, high: one standard deviation below and above the mean, within what the seeds gave: of
+        one seed there is no band.
     """
 
     epochs: np.ndarray
@@ -41,6 +42,21 @@ def select(records: Sequence[Record], **fields: Any) -> list[Record]:
     ]
 
 
+def with_chance(records: Sequence[Record], config: ConfigDict) -> list[Record]:
+    """Returns the records with the error of a guess among the classes of the data set."""
+    chance = 1.0 - 1.0 / num_classes(config.dataset)
+    return [{**record, "chance_error": chance} for record in records]
+
+
+def chance_error(records: Sequence[Record]) -> float:
+    """Returns the error of a guess, which a diverged run is given.
+
+    >>> chance_error([{"chance_error": 0.999}])
+    0.999
+    """
+    return float(records[0].get("chance_error", _TEN_CLASSES))
+
+
 def by_seed(
     records: Sequence[Record], epochs: Sequence[float], column: str
 ) -> dict[int, np.ndarray]:
@@ -58,7 +74,8 @@ def by_seed(
         rows = seeds.setdefault(int(record["seed"]), {})
         if int(record["diverged_at"]) < 0:
             rows[float(record["epoch"])] = float(record[column])
-    missing = _DIVERGED.get(column, np.nan)
+    is_error = column in ("validation_error", "train_error")
+    missing = chance_error(records) if is_error else np.nan
     return {
         seed: np.array([rows.get(float(epoch), missing) for epoch in epochs])
         for seed, rows in seeds.items()
@@ -68,8 +85,7 @@ def by_seed(
 def over_seeds(records: Sequence[Record], epochs: Sequence[float], column: str) -> Curve:
     """Returns the mean over seeds and its spread."""
     values = np.stack(list(by_seed(records, epochs, column).values()))
-    std = values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
-    mean = values.mean(axis=0)
+    std, mean = deviation(values), values.mean(axis=0)
     low, high = np.fmax(mean - std, values.min(axis=0)), np.fmin(mean + std, values.max(axis=0))
     return Curve(np.asarray(epochs, np.float64), mean, std, low, high)
 
@@ -126,7 +142,7 @@ def with_arm(records: Sequence[Record], arms: Mapping[str, Mapping[str, Any]]) -
         (arm,) = (
             arm
             for arm, fields in arms.items()
-            if all(record[name] == stored(value) for name, value in fields.items())
+            if all(record[name] == value for name, value in fields.items())
         )
         named.append({"arm": arm, **record})
     return named
