@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from asgd_jax.experiments import style
 from asgd_jax.training import default_config, train
 from asgd_jax.training.metrics import read_rows
+from asgd_jax.training.report import named_folder
 
 DELAY = 32
 EPOCHS = 40
@@ -110,9 +111,10 @@ def plot(out: Path) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo from the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all results")
-    out = parser.parse_args(arguments).out
+    parser.add_argument("--out", default="demo", help="folder for all results")
+    options = parser.parse_args(arguments)
     try:
+        out = named_folder(options.out, "out")
         # Made beside its place and moved there: a broken demo leaves the last good one alone.
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
