@@ -56,7 +56,7 @@ def damaged(whole, folder, split, damage):
 
 
 def assert_one_line(error, *parts):
-    for part in (*parts, "cannot be read", "TFDS_DATA_DIR", "--config.data_dir"):
+    for part in (*parts, "TFDS_DATA_DIR", "--config.data_dir"):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
     assert "{{" not in str(error.value)
@@ -68,7 +68,7 @@ def test_in_memory(kind, split, small_mnist, tmp_path):
     assert len(data.load("mnist", data_dir=small_mnist).train_labels) == 12
     damage, cause = DAMAGES[kind]
     folder = damaged(small_mnist, tmp_path / "copy", split, damage)
-    with pytest.raises(OSError) as error:
+    with pytest.raises(OSError, match="cannot be read") as error:
         data.load("mnist", data_dir=folder)
     assert_one_line(error, f"mnist in {folder}/mnist/3.0.1 ", cause)
 
@@ -81,7 +81,7 @@ def test_streamed(kind, labelled_stream, tmp_path):
         ("validation", lambda folder: data.validation_batches(folder, batch_size=8)),
     ):
         folder = damaged(labelled_stream, tmp_path / split, split, damage)
-        with pytest.raises(OSError) as error:
+        with pytest.raises(OSError, match="cannot be read") as error:
             list(read(folder))
         assert_one_line(error, f"imagenet2012 in {folder}/imagenet2012/5.1.0 ", cause)
 
@@ -90,7 +90,7 @@ def test_a_missing_split_is_named(labelled_stream, tmp_path):
     folder = shutil.copytree(labelled_stream, tmp_path / "copy")
     info = next(folder.rglob("dataset_info.json"))
     info.write_text(info.read_text().replace('"validation"', '"other"'))
-    with pytest.raises(OSError) as error:
+    with pytest.raises(OSError, match="cannot be read") as error:
         data.stream_sizes(folder)
     assert_one_line(error, f"imagenet2012 in {folder}", "validation")
 
@@ -115,7 +115,7 @@ def test_a_run_keeps_its_checkpoints(labelled_stream, tmp_path):
               if file.is_file()}  # fmt: skip
     flip(sorted(folder.rglob("*-train.tfrecord*"))[2])
     config.epochs = 2
-    with pytest.raises(OSError) as error:
+    with pytest.raises(OSError, match="cannot be read") as error:
         train(config, workdir)
     assert_one_line(error, "imagenet2012", str(folder), "corrupted record")
     assert {file: file.read_bytes() for file in before} == before
@@ -125,9 +125,7 @@ def test_a_run_keeps_its_checkpoints(labelled_stream, tmp_path):
 def test_a_folder_whose_name_tfds_takes_for_a_pattern_is_refused(name, monkeypatch, tmp_path):
     for argument, environment in ((tmp_path / name, ""), (None, str(tmp_path / name))):
         monkeypatch.setenv("TFDS_DATA_DIR", environment)
-        with pytest.raises(
-            ValueError, match=r"data_dir='.* holds '.*: set TFDS_DATA_DIR or --conf"
-        ):
+        with pytest.raises(ValueError, match=r"data_dir='.* holds '.*: set TFDS_DATA_DIR or --con"):
             data.load("mnist", data_dir=argument)
     assert list(tmp_path.iterdir()) == []
 

@@ -126,12 +126,7 @@ def validate_config(config: ConfigDict) -> None:
     ...
     ValueError: delay=30 with num_workers=32: delay + 1 must divide num_workers; ...
     """
-    known = default_config()
-    for field in config:
-        check_field(known, field)
-    for field in known:
-        if field not in config:
-            raise ValueError(f"the configuration has no field {field}: start from default_config()")
+    _fields(config)
     _choice(config, "delay_distribution", DELAY_DISTRIBUTIONS)
     _choice(config, "learning_rate_rule", LEARNING_RATE_RULES)
     _choice(config, "momentum_kind", MOMENTUM_KINDS)
@@ -168,9 +163,6 @@ def validate_config(config: ConfigDict) -> None:
     for field in (*optional, "checkpoint_every_steps"):
         if config[field] is not None:
             _number(config, field, above=0)
-    for field, value in config.items():
-        if isinstance(value, int) and abs(value) > _LARGEST and field != "seed":
-            raise ValueError(f"{field}={value} is too large: at most {_LARGEST}")
     _increasing(config, "decay_epochs")
     if config.delay_distribution == "trace" and not config.delay_trace:
         raise ValueError("delay_distribution='trace' needs delay_trace=FILE with the staleness")
@@ -182,6 +174,17 @@ def validate_config(config: ConfigDict) -> None:
     _dtype(config, "dtype")
     if config.history_dtype is not None:
         _dtype(config, "history_dtype")
+
+
+def _fields(config: ConfigDict) -> None:
+    known = default_config()
+    for field, value in config.items():
+        check_field(known, field)
+        if isinstance(value, int) and value > _LARGEST and field != "seed":
+            raise ValueError(f"{field}={value} is too large: at most {_LARGEST}")
+    for field in known:
+        if field not in config:
+            raise ValueError(f"the configuration has no field {field}: start from default_config()")
 
 
 def _choice(config: ConfigDict, field: str, known: tuple[str, ...]) -> None:
@@ -209,12 +212,10 @@ def _number(
 
 
 def _increasing(config: ConfigDict, field: str) -> None:
-    values: Any = config[field]
+    values = tuple(config[field])
     numbers = all(isinstance(value, (int, float)) and 0 <= value <= _LARGEST for value in values)
     if not (numbers and all(left < right for left, right in itertools.pairwise(values))):
-        raise ValueError(
-            f"{field} must be increasing numbers >= 0 and <= {_LARGEST}, got {tuple(values)!r}"
-        )
+        raise ValueError(f"{field} must be increasing numbers in 0, ..., {_LARGEST}, got {values}")
 
 
 def _dtype(config: ConfigDict, field: str) -> None:
