@@ -249,12 +249,17 @@ def test_every_other_character_may_stand_in_the_name(tmp_path):
 def test_a_checkpoint_that_cannot_be_read_back_is_not_counted_as_saved(tmp_path, monkeypatch):
     """Orbax itself, in a folder where it skips a part of the work and only warns."""
     monkeypatch.setattr(checkpoint, "refuse_pattern", lambda workdir: None)
+    lost = r"cannot write .*: step 1 cannot be read back: NOT_FOUND"
     checkpoints = open_checkpoints(tmp_path / "[run]", FINGERPRINT)
     checkpoints.save(1, a_state(), {})
-    for call in (lambda: checkpoints.save(2, a_state(), {}), checkpoints.close):
-        with pytest.raises(OSError, match=r"cannot write .*: step 1 cannot be read back: NOT_F"):
-            call()
+    with pytest.raises(OSError, match=lost):
+        checkpoints.save(2, a_state(), {})
+    checkpoints.close()  # said once
     assert last_step(tmp_path / "[run]") == 1
+    checkpoints = open_checkpoints(tmp_path / "[other]", FINGERPRINT)
+    checkpoints.save(1, a_state(), {})
+    with pytest.raises(OSError, match=lost):
+        checkpoints.close()
 
 
 def test_a_step_that_orbax_skips_is_not_counted_as_saved(tmp_path):

@@ -70,17 +70,19 @@ def open_checkpoints(workdir: Path, fingerprint: Fingerprint, *, keep: int = 3) 
         refuse_mismatch(found["fingerprint"], fingerprint, folder / str(last))
     _refuse_damaged_errors(folder)
     manager = _open_manager(folder, keep)
-    saved: int | None = None  # what this process wrote last
+    unchecked: int | None = None  # the step that was written last
 
     def check_saved() -> None:
+        nonlocal unchecked
+        step, unchecked = unchecked, None  # what fails is said once
         manager.wait_until_finished()
-        if saved is not None and jax.process_index() == 0:
-            _read_back(folder / str(saved))
+        if step is not None and jax.process_index() == 0:
+            _read_back(folder / str(step))
 
     def save(step: int, state: PyTree, progress: Progress, error: float | None = None) -> None:
         import orbax.checkpoint as ocp
 
-        nonlocal saved
+        nonlocal unchecked
         meta = {
             "format": FORMAT,
             "fingerprint": dict(fingerprint),
@@ -100,7 +102,7 @@ def open_checkpoints(workdir: Path, fingerprint: Fingerprint, *, keep: int = 3) 
             )
             if not started:
                 raise OSError(f"step {step} is not later than step {manager.latest_step()}")
-            saved = step
+            unchecked = step
 
     def restore(template: PyTree) -> tuple[PyTree, Progress] | None:
         if last is None or found is None:
