@@ -1,6 +1,9 @@
 """Damaged records: one line that names data set, folder and cause, and nothing lost by it."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -146,3 +149,18 @@ def test_no_home_folder_is_one_line_and_makes_no_folder_of_that_name(monkeypatch
         with pytest.raises(ValueError, match=r"data_dir='~.*home folder that is not known: set TF"):
             data.load("mnist", data_dir=folder)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorflow_makes_no_folder_for_a_user_without_a_home(tmp_path):
+    code = (
+        "import os, pwd; os.environ.pop('HOME', None); pwd.getpwuid = {}.__getitem__\n"
+        "from asgd_jax.data.prepared import tensorflow_modules\n"
+        "tf, _ = tensorflow_modules(); tf.keras.utils\n"
+    )
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path / "tmp")}
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "work").mkdir()
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "work", env=os.environ | paths, check=True
+    )
+    assert list((tmp_path / "work").iterdir()) == []

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import os
 import re
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from types import ModuleType
@@ -29,9 +30,11 @@ class DatasetNotFoundError(FileNotFoundError):
 @functools.cache
 def tensorflow_modules() -> tuple[ModuleType, ModuleType]:
     """Returns the modules (tensorflow, tensorflow_datasets), quiet and without accelerators."""
-    # All three are read once, while TensorFlow starts. oneDNN serves nothing here but its greeting.
+    # All are read once, while TensorFlow starts. oneDNN serves nothing here but its greeting.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    if os.path.expanduser("~") == "~":  # no home: Keras would make a folder of that name here
+        os.environ.setdefault("KERAS_HOME", os.path.join(tempfile.gettempdir(), "keras"))
     import tensorflow as tf
 
     # A program that has already used TensorFlow on the GPU chose so itself.
