@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 
@@ -15,9 +14,7 @@ class _Parser(argparse.ArgumentParser):
 def main() -> int:
     """Measures what the command line asks for; a mistake of the user's is one line and code 2."""
     parser = _Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--out", type=Path, default=Path("results/bench"), help="default: results/bench"
-    )
+    parser.add_argument("--out", default="results/bench", help="default: results/bench")
     parser.add_argument("--only", default="all", metavar="ITEM,...", help="default: all")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, numbers without meaning")
     parser.add_argument(
@@ -27,14 +24,14 @@ def main() -> int:
 
     from asgd_jax.benchmarks.result import Options
     from asgd_jax.benchmarks.run import item_names, run_items
+    from asgd_jax.training.report import named_folder
 
     try:
-        run_items(
-            item_names(options.only), options.out, Options(options.quick, options.torch_python)
-        )
+        out = named_folder(options.out, "out")
+        run_items(item_names(options.only), out, Options(options.quick, options.torch_python))
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
-    print(f"see {options.out / 'README.md'}")
+    print(f"see {out / 'README.md'}")
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 
@@ -22,26 +21,28 @@ def main() -> int:
     parser.add_argument(
         "--redraw", action="store_true", help="draw and check again what is in --out; train nothing"
     )
-    parser.add_argument("--out", type=Path, default=Path("results"), help="default: results")
+    parser.add_argument("--out", default="results", help="default: results")
     options = parser.parse_args()
 
     from asgd_jax.experiments import reproduce as figures
     from asgd_jax.experiments.results_page import write_page
     from asgd_jax.training.compilation_cache import use_compilation_cache
     from asgd_jax.training.preemption import run_command
+    from asgd_jax.training.report import named_folder
 
     use_compilation_cache()
 
     def make() -> None:
+        out = named_folder(options.out, "out")
         for figure in figures.figure_names(options.figure):
             if options.redraw:
-                summary = figures.redraw(figure, options.out)
+                summary = figures.redraw(figure, out)
             else:
-                summary = figures.reproduce(figure, options.preset, options.out)
-            print(figures.describe(summary, options.out), flush=True)
-            write_page(options.out)
+                summary = figures.reproduce(figure, options.preset, out)
+            print(figures.describe(summary, out), flush=True)
+            write_page(out)
         if not options.redraw:
-            figures.clean_work(options.out)
+            figures.clean_work(out)
 
     return run_command("reproduce.py", make)
 

@@ -1,61 +1,127 @@
 """Trains one configuration: python scripts/train.py --config=configs/X.py[:arm] --workdir=DIR.
 
-The same command again resumes an interrupted run. Exit codes: 0 the run is finished (or diverged),
-2 a mistake in the arguments or a folder that cannot be used, 75 stopped by SIGTERM or SIGINT with
-everything saved, 130 stopped by SIGINT with the last checkpoint as it was. With --plan it prints
-the memory that the run will take on each device, and needs neither data nor workdir.
+The same command again resumes an interrupted run; --config.FIELD=VALUE overrides a field. Exit
+codes: 0 the run is finished (or diverged), 2 a mistake in the arguments or a folder that cannot be
+used, 75 stopped by SIGTERM or SIGINT with everything saved, 130 stopped by SIGINT with the last
+checkpoint as it was. With --plan it prints the memory that the run will take on each device, and
+needs neither data nor workdir.
 """
 
+import argparse
 import inspect
+import re
+import runpy
 import sys
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
-from absl import app, flags, logging
-from ml_collections import config_flags
-
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="configs/X.py or configs/X.py:arm")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder that the run is written to.")
-_PLAN = flags.DEFINE_bool("plan", False, "Print the memory that the run will take; don't run it.")
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
 
 
-def main(argv: list[str]) -> None:
-    """Runs the configuration; a mistake of the user's is one line and exit code 2."""
-    from asgd_jax.training import preemption, train
-    from asgd_jax.training.compilation_cache import use_compilation_cache
+class Command(NamedTuple):
+    """What the command line asks for; without a workdir it is a plan."""
+
+    config: ConfigDict
+    workdir: Path | None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Reads the command line, the config file included, and makes nothing.
+
+    Raises:
+      ValueError: one line about the first mistake.
+    """
+    from asgd_jax.training.config import check_field
+    from asgd_jax.training.report import named_folder
+
+    parser = _Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE[:ARM]", help="configs/X.py or configs/X.py:arm")
+    parser.add_argument("--workdir", metavar="DIR", help="folder that the run is written to")
+    parser.add_argument("--plan", action="store_true", help="print the memory needed; don't run")
+    options, overrides = parser.parse_known_args(arguments)
+    if not options.config or not (options.workdir or options.plan):
+        raise ValueError("needs --config=configs/X.py and --workdir=DIR")
+    workdir = None if options.plan else named_folder(options.workdir, "workdir")
+    config = load_config(options.config)
+    for override in overrides:
+        if field := re.match(r"--?(?:no)?config\.([^=]*)", override):
+            check_field(config, field[1])
+    values = flags.FlagValues()
+    words = ["train.py", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
+        _, *rest = values(words)
+    except (flags.Error, TypeError) as error:
+        raise ValueError(str(error)) from error
+    if rest:
+        raise ValueError(f"unexpected argument {rest[0]!r}: options start with --")
+    return Command(config, workdir)
+
+
+def load_config(address: str) -> ConfigDict:
+    """Returns the configuration of FILE or FILE:ARM; folders and arms may hold colons too.
+
+    Raises:
+      ValueError: one line, when there is no such file or it has no such arm or is no config file.
+    """
+    parts = address.split(":")
+    ways = [(":".join(parts[:n]), ":".join(parts[n:])) for n in range(1, len(parts) + 1)]
+    found = [(file, arm) for file, arm in ways if Path(file).expanduser().is_file()]
+    if not found:
+        raise ValueError(f"--config={address}: there is no such file")
+    file, arm = found[0]
+    try:
+        get_config = runpy.run_path(str(Path(file).expanduser()), run_name="config")["get_config"]
+        config = get_config(arm) if len(file) < len(address) else get_config()
+    except ValueError:  # in the file's own words
+        raise
+    except Exception as error:
+        raise ValueError(f"{file}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"{file}: get_config must return a ConfigDict, got {config!r}")
+    return config.lock()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the configuration; returns the exit code, see `run_command`."""
+    from asgd_jax.training.preemption import run_command
+
+    return run_command("train.py", lambda: _run(parse(arguments)))
+
+
+def _run(command: Command) -> None:
+    from asgd_jax.training import train
     from asgd_jax.training.mesh import initialize_processes
     from asgd_jax.training.plan import format_plan, plan_memory
 
-    del argv
-    _quiet()
-    use_compilation_cache()
-    config = _CONFIG.value
-    try:
-        if config.multihost:
-            initialize_processes(config.coordinator, config.num_processes, config.process_id)
-        if _PLAN.value:
-            print(format_plan(config, plan_memory(config)))
-            return
-        summary = train(config, _WORKDIR.value)
-    except (ValueError, OSError) as error:
-        sys.exit(_complain(error))
-    except preemption.Preempted as stop:
-        print(f"train.py: {stop}", file=sys.stderr)
-        sys.exit(preemption.EXIT_CODE)
-    except KeyboardInterrupt:
-        print("train.py: interrupted; the last checkpoint is kept", file=sys.stderr)
-        sys.exit(130)
+    config, workdir = command
+    if config.multihost:
+        initialize_processes(config.coordinator, config.num_processes, config.process_id)
+    if workdir is None:
+        print(format_plan(config, plan_memory(config)))
+        return
+    summary = train(config, workdir)
     final = summary["final"]
     print(
         f"{summary['status']} after {summary['steps']} steps: "
         f"train loss {final['train_loss']:.4g}, validation error {final['validation_error']:.2%}; "
-        f"see {_WORKDIR.value}"
+        f"see {workdir}"
     )
 
 
-def _quiet() -> None:
-    """Leaves the terminal to this program's own lines."""
+def quiet() -> None:
+    """Leaves the terminal to this program's own lines, and to warnings."""
     # TFDS reports every file that it opens, Orbax the traceback of every error that it also raises.
-    logging.set_verbosity(logging.FATAL)
+    # A warning may be all that is ever said.
+    logging.set_verbosity(logging.WARNING)
+    logging.get_absl_logger().addFilter(lambda record: record.levelname == "WARNING")
 
     def report(unraisable: Any) -> None:
         # When one array cannot be read or written, the coroutines of all others say so as well.
@@ -68,29 +134,9 @@ def _quiet() -> None:
     sys.unraisablehook = report
 
 
-def _complain(error: Exception) -> int:
-    # An error within a config file arrives with its traceback; what it says is the last line.
-    last = [line for line in str(error).splitlines() if line.strip()][-1]
-    print(f"train.py: {last.strip().removeprefix('ValueError: ')}", file=sys.stderr)
-    return 2
-
-
-def _parse(argv: list[str]) -> list[str]:
-    try:
-        rest = flags.FLAGS(argv)
-        if _CONFIG.value is None or not (_WORKDIR.value or _PLAN.value):
-            raise ValueError("needs --config=configs/X.py and --workdir=DIR")
-        if "://" in (_WORKDIR.value or ""):
-            raise ValueError(
-                f"workdir={_WORKDIR.value!r} must be a folder: mount the bucket (gcsfuse) and name "
-                "its mount point"
-            )
-        if len(rest) > 1:
-            raise ValueError(f"unexpected argument {rest[1]!r}: options start with --")
-    except (flags.Error, ValueError, TypeError, AttributeError, KeyError, OSError) as error:
-        sys.exit(_complain(error))
-    return rest
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    from asgd_jax.training.compilation_cache import use_compilation_cache
+
+    quiet()
+    use_compilation_cache()
+    sys.exit(main(sys.argv[1:]))

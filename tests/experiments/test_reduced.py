@@ -2,13 +2,11 @@
 
 import csv
 import json
+import runpy
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 from asgd_jax.experiments import reduced
 from asgd_jax.training.config import validate_config
@@ -41,14 +39,10 @@ def test_every_command_makes_the_same_run(name, monkeypatch):
     run = reduced.RUNS[name]
     python, script, *arguments = shlex.split(reduced.command(name, run))
     assert (python, script) == ("python", "scripts/train.py")
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])  # where overrides are looked for
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values)
-    workdir = flags.DEFINE_string("workdir", None, "", flag_values=values)
-    assert values(sys.argv) == ["train.py"]
+    command = runpy.run_path(script)["parse"](arguments)
     config = reduced.load_config(run, CONFIGS)
-    assert holder.value.to_dict() == config.to_dict()
-    assert workdir.value == f"runs/reduced/{name}"
+    assert command.config.to_dict() == config.to_dict()
+    assert command.workdir == Path(f"runs/reduced/{name}")
     validate_config(config)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from asgd_jax.training import set_up
+from asgd_jax.training import checkpoint, set_up, train
 from asgd_jax.training.checkpoint import checksum, last_step, open_checkpoints, refuse_mismatch
 
 FINGERPRINT = {"model": "mlp", "delay": 3}
@@ -220,6 +220,54 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(OSError, match=r"cannot write checkpoints to .*: ") as raised:
         open_checkpoints(tmp_path, FINGERPRINT)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["a[b]", "a*b", "a?b", "a\\b", "a\udcffb"])
+def test_a_folder_that_would_lose_its_checkpoints_is_refused_before_it_is_made(
+    name, tiny_config, tmp_path, monkeypatch
+):
+    (tmp_path / "[cwd]").mkdir()
+    for call in (
+        lambda: open_checkpoints(tmp_path / name / "run", FINGERPRINT),
+        lambda: train(tiny_config, tmp_path / name / "run"),
+    ):
+        with pytest.raises(ValueError, match=r"workdir=.* checkpoints cannot be kept below: name"):
+            call()
+    monkeypatch.chdir(tmp_path / "[cwd]")
+    with pytest.raises(ValueError, match=r"\[cwd\]/run' holds '\['"):
+        train(tiny_config, "run")
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["[cwd]"]
+
+
+def test_every_other_character_may_stand_in_the_name(tmp_path):
+    workdir = tmp_path / "a]b{c,d}%20e#f g=h:i$j'k\"l|m&n;o~p!q^r@é\n" / "-.orbax-checkpoint-tmp"
+    write(workdir, 1)
+    write(workdir, 2)
+    assert_same(read(workdir)[0], a_state(2))
+
+
+def test_a_checkpoint_that_cannot_be_read_back_is_not_counted_as_saved(tmp_path, monkeypatch):
+    """Orbax itself, in a folder where it skips a part of the work and only warns."""
+    monkeypatch.setattr(checkpoint, "refuse_pattern", lambda workdir: None)
+    lost = r"cannot write .*: step 1 cannot be read back: NOT_FOUND"
+    checkpoints = open_checkpoints(tmp_path / "[run]", FINGERPRINT)
+    checkpoints.save(1, a_state(), {})
+    with pytest.raises(OSError, match=lost):
+        checkpoints.save(2, a_state(), {})
+    checkpoints.close()  # said once
+    assert last_step(tmp_path / "[run]") == 1
+    checkpoints = open_checkpoints(tmp_path / "[other]", FINGERPRINT)
+    checkpoints.save(1, a_state(), {})
+    with pytest.raises(OSError, match=lost):
+        checkpoints.close()
+
+
+def test_a_step_that_orbax_skips_is_not_counted_as_saved(tmp_path):
+    write(tmp_path, 4)
+    checkpoints = open_checkpoints(tmp_path, FINGERPRINT)
+    with pytest.raises(OSError, match=r"cannot write .*: step 3 is not later than step 4"):
+        checkpoints.save(3, a_state(), {})
+    checkpoints.close()
 
 
 def test_every_bit_and_every_order_changes_the_checksum():

@@ -1,8 +1,14 @@
 """The persistent cache: where it lies, and that a second process compiles nothing again."""
 
 import os
+import pwd
 import subprocess
 import sys
+
+import jax
+import pytest
+
+from asgd_jax.training.compilation_cache import use_compilation_cache
 
 PROGRAM = """
 import jax, jax.numpy as jnp
@@ -41,3 +47,32 @@ def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
 
 def test_the_environment_names_another_folder(tmp_path):
     assert run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))[0] == str(tmp_path / "mine")
+
+
+@pytest.fixture
+def cache_option():
+    """JAX's own setting, as it was before."""
+    before = jax.config.jax_compilation_cache_dir
+    yield lambda: jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_where_no_folder_can_be_had_the_cache_stays_off(monkeypatch, cache_option, tmp_path):
+    """No home and a user without a name (containers); no right to write; a file in the way."""
+    before = cache_option()
+    for name in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert use_compilation_cache() is None
+    (tmp_path / "file").touch()
+    for folder in ("/proc/none", tmp_path / "file"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+        assert use_compilation_cache() is None
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "read_only"))
+    assert use_compilation_cache() is None
+    assert cache_option() == before

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from asgd_jax.data.normalize import Normalizer, channel_statistics, normalize_with
-from asgd_jax.data.prepared import prepared_builder
+from asgd_jax.data.prepared import prepared_builder, reading
 from asgd_jax.delays.processes import as_integer
 
 DATASETS = ("digits", "mnist", "cifar10", "cifar100")
@@ -99,7 +99,8 @@ def _load_tfds(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[Arra
         batch = builder.as_dataset(split=split, batch_size=-1, shuffle_files=False)
         return batch["image"].numpy(), batch["label"].numpy().astype(np.int32)
 
-    return read("train"), read("test"), builder.info.features["label"].num_classes
+    with reading(builder):
+        return read("train"), read("test"), builder.info.features["label"].num_classes
 
 
 def load(
@@ -134,6 +135,7 @@ def load(
     Raises:
       ValueError: for an unknown name or normalisation, or a subset larger than the set.
       DatasetNotFoundError: when the data is neither in the folder nor downloadable.
+      OSError: when it is there and damaged.
 
     >>> digits = load("digits")
     >>> digits.train_images.shape, digits.validation_images.shape, digits.train_images.dtype

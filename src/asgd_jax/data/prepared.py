@@ -7,7 +7,10 @@ is kept away from the accelerators, which belong to JAX.
 import contextlib
 import functools
 import os
+import re
+import tempfile
 import urllib.request
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -27,9 +30,11 @@ class DatasetNotFoundError(FileNotFoundError):
 @functools.cache
 def tensorflow_modules() -> tuple[ModuleType, ModuleType]:
     """Returns the modules (tensorflow, tensorflow_datasets), quiet and without accelerators."""
-    # All three are read once, while TensorFlow starts. oneDNN serves nothing here but its greeting.
+    # All are read once, while TensorFlow starts. oneDNN serves nothing here but its greeting.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    if os.path.expanduser("~") == "~":  # no home: Keras would make a folder of that name here
+        os.environ.setdefault("KERAS_HOME", os.path.join(tempfile.gettempdir(), "keras"))
     import tensorflow as tf
 
     # A program that has already used TensorFlow on the GPU chose so itself.
@@ -45,13 +50,24 @@ def resolve_data_dir(data_dir: str | os.PathLike[str] | None) -> str:
 
     TFDS reads the variable only while it is imported; here it counts at the time of the call.
 
+    Raises:
+      ValueError: for a home folder that is not known, or a name in which TFDS sees a pattern of
+        other folders' names.
+
     >>> resolve_data_dir("gs://bucket/tfds")
     'gs://bucket/tfds'
     """
-    if data_dir:
-        return os.path.expanduser(os.fspath(data_dir))
-    default = os.path.join(os.path.expanduser("~"), "tensorflow_datasets")
-    return os.environ.get("TFDS_DATA_DIR") or default
+    named = os.fspath(data_dir) if data_dir else os.environ.get("TFDS_DATA_DIR")
+    folder = os.path.expanduser(named or os.path.join("~", "tensorflow_datasets"))
+    reason = "begins with a home folder that is not known" if folder.startswith("~") else None
+    if special := re.search(r"[*?[\ud800-\udfff]", folder):
+        reason = f"holds {special[0]!r}, below which TFDS finds no data"
+    if reason:
+        raise ValueError(
+            f"data_dir={folder!r} {reason}: set TFDS_DATA_DIR or --config.data_dir to another name "
+            "of the folder"
+        )
+    return folder
 
 
 def _not_found(name: str, folder: str, reason: str) -> DatasetNotFoundError:
@@ -109,3 +125,30 @@ def _open_builder(name: str, folder: str) -> Any:
     if not prepared:
         _download(builder, name, folder)
     return builder
+
+
+@contextlib.contextmanager
+def reading(builder: Any) -> Iterator[None]:
+    """Within it, prepared data is read: whatever TFDS and TensorFlow raise becomes one line.
+
+    Raises:
+      OSError: naming the data set, its folder and what was found there.
+
+    >>> import types
+    >>> with reading(types.SimpleNamespace(name="mnist", data_dir="/data/mnist/3.0.1")):
+    ...     raise RuntimeError("truncated record at 15099")
+    Traceback (most recent call last):
+    ...
+    OSError: mnist in /data/mnist/3.0.1 cannot be read (RuntimeError: truncated record at 15099):
+    prepare it again, or name another folder by TFDS_DATA_DIR or --config.data_dir
+    """
+    try:
+        yield
+    except Exception as error:  # TensorFlow's have no base class in common with Python's
+        # Of TensorFlow's text: without the node of the graph before it, and what follows the cause.
+        words = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", str(error), flags=re.DOTALL).split()
+        raise OSError(
+            f"{builder.name} in {builder.data_dir} cannot be read "
+            f"({type(error).__name__}: {' '.join(words)[:300]}): prepare it again, or name another "
+            "folder by TFDS_DATA_DIR or --config.data_dir"
+        ) from error

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from asgd_jax.data import jpeg
-from asgd_jax.data.prepared import prepared_builder, tensorflow_modules
+from asgd_jax.data.prepared import prepared_builder, reading, tensorflow_modules
 from asgd_jax.delays.processes import as_integer
 
 NAME = "imagenet2012"
@@ -51,13 +51,15 @@ def stream_sizes(data_dir: PathLike | None = None, *, name: str = NAME) -> Strea
 
     Raises:
       DatasetNotFoundError: when the folder doesn't hold the data set.
+      OSError: when it lacks a split.
     """
-    info = prepared_builder(name, data_dir).info
-    return StreamSizes(
-        info.splits["train"].num_examples,
-        info.splits["validation"].num_examples,
-        info.features["label"].num_classes,
-    )
+    builder = prepared_builder(name, data_dir)
+    with reading(builder):
+        return StreamSizes(
+            builder.info.splits["train"].num_examples,
+            builder.info.splits["validation"].num_examples,
+            builder.info.features["label"].num_classes,
+        )
 
 
 def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:
@@ -164,7 +166,7 @@ def train_batches(
 
     Returns:
       Iterator of (images, labels): uint8 (b, image_size, image_size, 3) and int32 (b,), with
-      b = batch_size / process_count.
+      b = batch_size / process_count. It raises OSError at damaged records.
 
     Raises:
       DatasetNotFoundError: when the folder doesn't hold the data set.
@@ -172,7 +174,7 @@ def train_batches(
     """
     local = _local_batch_size(batch_size, process_index, process_count)
     builder = prepared_builder(name, data_dir)
-    total = builder.info.splits["train"].num_examples
+    total = stream_sizes(data_dir, name=name).num_train
     size = total // process_count
     if size < local:
         raise ValueError(f"batch_size={batch_size} exceeds the {total} training images: lower it")
@@ -180,15 +182,21 @@ def train_batches(
     share = _Share(process_index, process_count, size, size - size % local)
     order = _Order(as_integer(seed, "seed"), shuffle_buffer, epoch, position * local, num_epochs)
     tf, _ = tensorflow_modules()
-    images = _read_epochs(builder, share, order).map(
-        lambda draws, encoded, label: (
-            jpeg.decode_train(encoded, draws, image_size, antialias),
-            label,
-        ),
-        num_parallel_calls=tf.data.AUTOTUNE,
-        deterministic=True,
-    )
-    return images.batch(local, drop_remainder=True).prefetch(4).as_numpy_iterator()
+
+    def generate() -> Iterator[TrainBatch]:
+        with reading(builder):
+            images = _read_epochs(builder, share, order).map(
+                lambda draws, encoded, label: (
+                    jpeg.decode_train(encoded, draws, image_size, antialias),
+                    label,
+                ),
+                num_parallel_calls=tf.data.AUTOTUNE,
+                deterministic=True,
+            )
+            batches = images.batch(local, drop_remainder=True).prefetch(4)
+            yield from batches.as_numpy_iterator()
+
+    return generate()
 
 
 def validation_batches(
@@ -217,7 +225,8 @@ def validation_batches(
 
     Returns:
       Iterator of (images, labels, mask): uint8 (b, image_size, image_size, 3), int32 (b,) and
-      float32 (b,) with b = batch_size / process_count; mask is 1 for an image, 0 for filling.
+      float32 (b,) with b = batch_size / process_count; mask is 1 for an image, 0 for filling. It
+      raises OSError at damaged records.
 
     Raises:
       DatasetNotFoundError: when the folder doesn't hold the data set.
@@ -225,7 +234,7 @@ def validation_batches(
     """
     local = _local_batch_size(batch_size, process_index, process_count)
     builder = prepared_builder(name, data_dir)
-    total = builder.info.splits["validation"].num_examples
+    total = stream_sizes(data_dir, name=name).num_validation
     start, stop = (total * index // process_count for index in (process_index, process_index + 1))
     largest_share = -(-total // process_count)
     num_batches = -(-largest_share // local)
@@ -234,12 +243,16 @@ def validation_batches(
         if start == stop:
             return
         tf, _ = tensorflow_modules()
-        dataset = _read_encoded(builder, "validation", start, stop, None).map(
-            lambda encoded, label: (jpeg.decode_validation(encoded, image_size, antialias), label),
-            num_parallel_calls=tf.data.AUTOTUNE,
-            deterministic=True,
-        )
-        yield from dataset.batch(local).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+        with reading(builder):
+            images = _read_encoded(builder, "validation", start, stop, None).map(
+                lambda encoded, label: (
+                    jpeg.decode_validation(encoded, image_size, antialias),
+                    label,
+                ),
+                num_parallel_calls=tf.data.AUTOTUNE,
+                deterministic=True,
+            )
+            yield from images.batch(local).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
 
     def generate() -> Iterator[ValidationBatch]:
         batches = read()

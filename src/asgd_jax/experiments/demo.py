@@ -19,6 +19,7 @@ from asgd_jax.experiments import style
 from asgd_jax.training import default_config, train
 from asgd_jax.training.metrics import read_rows
 from asgd_jax.training.preemption import run_command
+from asgd_jax.training.report import named_folder
 
 DELAY = 32
 EPOCHS = 40
@@ -111,17 +112,18 @@ def plot(out: Path) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo from the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all results")
+    parser.add_argument("--out", default="demo", help="folder for all results")
     out = parser.parse_args(arguments).out
     return run_command("demo", lambda: _make(out), stopped="stopped; start it again, it is short")
 
 
-def _make(out: Path) -> None:
+def _make(folder: str) -> None:
     style.require_matplotlib()
+    out = named_folder(folder, "out")
     # Made beside its place and moved there: a broken demo leaves the last good one alone.
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        partial = Path(folder) / "demo"
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as beside:
+        partial = Path(beside) / "demo"
         summaries = run(partial)
         style.save(plot(partial), partial / "demo.png")
         (partial / "table.txt").write_text(table(summaries) + "\n")

@@ -23,7 +23,7 @@ from asgd_jax.training import train
 from asgd_jax.training.metrics import read_rows
 from asgd_jax.training.plan import num_classes
 from asgd_jax.training.preemption import run_command
-from asgd_jax.training.report import environment, write_json
+from asgd_jax.training.report import environment, named_folder, write_json
 
 Record = dict[str, float | int | str]
 
@@ -281,8 +281,8 @@ def describe(content: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs from the command line; returns the exit code, see `run_command`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("results/reduced"), help="of the table")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/reduced"), help="of the runs")
+    parser.add_argument("--out", default="results/reduced", help="of the table")
+    parser.add_argument("--workdir", default="runs/reduced", help="of the runs")
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="of the config files")
     parser.add_argument("--only", default="", help="comma-separated names of runs; all by default")
     options = parser.parse_args(arguments)
@@ -295,9 +295,10 @@ def _make(options: argparse.Namespace) -> None:
     if unknown:
         raise ValueError(f"unknown run {unknown[0]!r}: use some of {', '.join(RUNS)}")
     chosen = {name: RUNS[name] for name in names}
-    content = reproduce(options.out, options.workdir, options.configs, chosen)
+    out, workdir = (named_folder(getattr(options, o), o) for o in ("out", "workdir"))
+    content = reproduce(out, workdir, options.configs, chosen)
     held = sum(claim["holds"] for claim in content["claims"])
-    print(f"{held} of {len(content['claims'])} claims hold; see {options.out / 'README.md'}")
+    print(f"{held} of {len(content['claims'])} claims hold; see {out / 'README.md'}")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 `workdir/checkpoints/STEP/` holds the whole train state, history and momentum included, and a JSON
 of what else a resumed run must know. Orbax writes into `STEP.orbax-checkpoint-tmp` and renames it
-at the end, so a process that is killed leaves either a whole checkpoint or one that is skipped.
+at the end, so a process that is killed leaves either a whole checkpoint or one that is skipped. A
+checkpoint counts as saved when its index has been read back: Orbax can leave a part out with no
+more than a warning.
 """
 
+import contextlib
 import json
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,12 +36,12 @@ class Checkpoints(NamedTuple):
       save: `save(step, state, progress, error=None)`: starts to write a checkpoint and returns
         while that goes on; `state` may be donated right away. `progress` is JSON. `error` ranks the
         checkpoint: the one with the smallest is kept beside the last ones. Raises OSError when this
-        or the previous checkpoint cannot be written.
+        or the previous checkpoint cannot be written, or the previous one not be read back.
       restore: `restore(template)`: (state, progress) of the last checkpoint, or None where there is
         none. The state has the template's structure and shardings, and buffers that may be donated;
         the template's own are freed first. Raises ValueError when the checkpoint is damaged, or of
         other shapes than the template.
-      close: `close()`: waits until everything is written; raises as `save` does.
+      close: `close()`: waits until everything is written and read back; raises as `save` does.
     """
 
     save: Callable[..., None]
@@ -56,9 +58,11 @@ def open_checkpoints(workdir: Path, fingerprint: Fingerprint, *, keep: int = 3) 
       keep: how many of the last checkpoints stay; the best one stays too.
 
     Raises:
-      ValueError: one line, when the last checkpoint is damaged, foreign or of another fingerprint.
+      ValueError: one line, when the last checkpoint is damaged, foreign or of another fingerprint,
+        or checkpoints in a folder of that name would be lost.
       OSError: when the folder cannot be written to.
     """
+    refuse_pattern(workdir)
     folder = (workdir / FOLDER).absolute()
     last = last_step(workdir)
     found = None if last is None else _read_meta(folder / str(last))
@@ -66,10 +70,19 @@ def open_checkpoints(workdir: Path, fingerprint: Fingerprint, *, keep: int = 3) 
         refuse_mismatch(found["fingerprint"], fingerprint, folder / str(last))
     _refuse_damaged_errors(folder)
     manager = _open_manager(folder, keep)
+    unchecked: int | None = None  # the step that was written last
+
+    def check_saved() -> None:
+        nonlocal unchecked
+        step, unchecked = unchecked, None  # what fails is said once
+        manager.wait_until_finished()
+        if step is not None and jax.process_index() == 0:
+            _read_back(folder / str(step))
 
     def save(step: int, state: PyTree, progress: Progress, error: float | None = None) -> None:
         import orbax.checkpoint as ocp
 
+        nonlocal unchecked
         meta = {
             "format": FORMAT,
             "fingerprint": dict(fingerprint),
@@ -79,13 +92,17 @@ def open_checkpoints(workdir: Path, fingerprint: Fingerprint, *, keep: int = 3) 
         }
         meta["own_checksum"] = _text_checksum(meta)
         with _clear_errors(folder):
-            manager.save(
+            check_saved()
+            started = manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
                 ),
                 metrics={"error": np.inf if error is None or np.isnan(error) else error},
             )
+            if not started:
+                raise OSError(f"step {step} is not later than step {manager.latest_step()}")
+            unchecked = step
 
     def restore(template: PyTree) -> tuple[PyTree, Progress] | None:
         if last is None or found is None:
@@ -94,10 +111,30 @@ def open_checkpoints(workdir: Path, fingerprint: Fingerprint, *, keep: int = 3) 
         return _restore_state(manager, last, template, found), found["progress"]
 
     def close() -> None:
-        with _clear_errors(folder):
-            manager.close()
+        with _clear_errors(folder), contextlib.closing(manager):
+            check_saved()
 
     return Checkpoints(save, restore, close)
+
+
+def refuse_pattern(workdir: Path) -> None:
+    r"""Raises the error that refuses a folder in which checkpoints would be lost.
+
+    Orbax looks for the parts of a checkpoint by a pattern that begins with its folder: it finds
+    nothing below `a[b]`, and below `a*b` what another run is writing to `axb`.
+
+    >>> refuse_pattern(Path("/runs/lr[0.1]"))
+    Traceback (most recent call last):
+    ...
+    ValueError: workdir='/runs/lr[0.1]' holds '[', which checkpoints cannot be kept below: ...
+    """
+    path = workdir.absolute().as_posix()
+    special = re.search(r"[*?\[\\\ud800-\udfff]", path)
+    if special:
+        raise ValueError(
+            f"workdir={path!r} holds {special[0]!r}, which checkpoints cannot be kept below: "
+            "name another folder"
+        )
 
 
 def refuse_mismatch(found: Fingerprint, wanted: Fingerprint, where: Path) -> None:
@@ -187,6 +224,19 @@ def _read_meta(checkpoint: Path) -> dict[str, Any]:
     return meta
 
 
+def _read_back(checkpoint: Path) -> None:
+    """Refuses a checkpoint that was written without complaint, but not whole."""
+    import orbax.checkpoint as ocp
+
+    try:
+        wanted = len(_read_meta(checkpoint)["leaves"])
+        found = len(jax.tree.leaves(ocp.StandardCheckpointHandler().metadata(checkpoint / "state")))
+    except Exception as error:  # what is missing decides what is raised
+        raise OSError(f"step {checkpoint.name} cannot be read back: {_reason(error)}") from error
+    if found != wanted:
+        raise OSError(f"step {checkpoint.name} holds {found} arrays of {wanted}")
+
+
 def _text_checksum(meta: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
@@ -274,7 +324,7 @@ def _open_manager(folder: Path, keep: int) -> Any:
         return ocp.CheckpointManager(folder, options=options)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _clear_errors(folder: Path) -> Iterator[None]:
     """Whatever Orbax raises when it cannot write, as one line that says where and why."""
     try:

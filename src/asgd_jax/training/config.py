@@ -1,5 +1,7 @@
 """The configuration of a run: every field with its default, and the checks that need no data."""
 
+import difflib
+import itertools
 import math
 from typing import Any
 
@@ -14,6 +16,8 @@ DELAY_DISTRIBUTIONS = ("constant", "uniform", "normal", "workers", "trace")
 LEARNING_RATE_RULES = ("none", "inverse", "exact", "sqrt")
 MOMENTUM_KINDS = ("heavy_ball", "nesterov", "shifted")
 OPTIMIZERS = ("sgd", "adam", "adamw")
+
+_LARGEST = 2**31 - 1  # steps and samples are counted in int32
 
 
 def default_config() -> ConfigDict:
@@ -87,6 +91,28 @@ def default_config() -> ConfigDict:
     return config
 
 
+def check_field(config: ConfigDict, path: str) -> None:
+    """Refuses the name of a field that a configuration lacks, and names the nearest one.
+
+    Raises:
+      ValueError: one line with both names.
+
+    >>> check_field(default_config(), "lr")
+    Traceback (most recent call last):
+    ...
+    ValueError: unknown field lr: did you mean learning_rate?
+    """
+    node: Any = config
+    for name in path.split("."):
+        known = list(node) if isinstance(node, ConfigDict) else []
+        if name not in known:
+            initials = {"".join(word[0] for word in field.split("_")): field for field in known}
+            near = [initials[name]] if name in initials else difflib.get_close_matches(name, known)
+            meant = f"did you mean {near[0]}?" if near else "default_config lists all fields"
+            raise ValueError(f"unknown field {path}: {meant}")
+        node = node[name]
+
+
 def validate_config(config: ConfigDict) -> None:
     """Refuses what can be refused before data is read or a folder made.
 
@@ -100,6 +126,7 @@ def validate_config(config: ConfigDict) -> None:
     ...
     ValueError: delay=30 with num_workers=32: delay + 1 must divide num_workers; ...
     """
+    _fields(config)
     _choice(config, "delay_distribution", DELAY_DISTRIBUTIONS)
     _choice(config, "learning_rate_rule", LEARNING_RATE_RULES)
     _choice(config, "momentum_kind", MOMENTUM_KINDS)
@@ -116,6 +143,7 @@ def validate_config(config: ConfigDict) -> None:
         worker_batch_size=config.worker_batch_size,
         delay=config.delay,
     )
+    _number(config, "seed", at_least=0, below=2**32)  # PRNGKey drops the bits above
     _number(config, "learning_rate", above=0)
     _number(config, "epochs", above=0)
     _number(config, "eval_every_epochs", above=0)
@@ -135,6 +163,7 @@ def validate_config(config: ConfigDict) -> None:
     for field in (*optional, "checkpoint_every_steps"):
         if config[field] is not None:
             _number(config, field, above=0)
+    _increasing(config, "decay_epochs")
     if config.delay_distribution == "trace" and not config.delay_trace:
         raise ValueError("delay_distribution='trace' needs delay_trace=FILE with the staleness")
     if config.optimizer != "sgd" and config.momentum:
@@ -145,6 +174,17 @@ def validate_config(config: ConfigDict) -> None:
     _dtype(config, "dtype")
     if config.history_dtype is not None:
         _dtype(config, "history_dtype")
+
+
+def _fields(config: ConfigDict) -> None:
+    known = default_config()
+    for field, value in config.items():
+        check_field(known, field)
+        if isinstance(value, int) and value > _LARGEST and field != "seed":
+            raise ValueError(f"{field}={value} is too large: at most {_LARGEST}")
+    for field in known:
+        if field not in config:
+            raise ValueError(f"the configuration has no field {field}: start from default_config()")
 
 
 def _choice(config: ConfigDict, field: str, known: tuple[str, ...]) -> None:
@@ -161,7 +201,8 @@ def _number(
     below: float = math.inf,
 ) -> None:
     value: Any = config[field]
-    if not (math.isfinite(value) and value > above and at_least <= value < below):
+    number = isinstance(value, (int, float)) and (isinstance(value, int) or math.isfinite(value))
+    if not (number and value > above and at_least <= value < below):
         bounds = [
             f"{sign} {bound:g}"
             for sign, bound in ((">", above), (">=", at_least), ("<", below))
@@ -170,10 +211,17 @@ def _number(
         raise ValueError(f"{field} must be a number {' and '.join(bounds)}, got {value!r}")
 
 
+def _increasing(config: ConfigDict, field: str) -> None:
+    values = tuple(config[field])
+    numbers = all(isinstance(value, (int, float)) and 0 <= value <= _LARGEST for value in values)
+    if not (numbers and all(left < right for left, right in itertools.pairwise(values))):
+        raise ValueError(f"{field} must be increasing numbers in 0, ..., {_LARGEST}, got {values}")
+
+
 def _dtype(config: ConfigDict, field: str) -> None:
     try:
         floating = jnp.issubdtype(jnp.dtype(config[field]), jnp.floating)
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):  # NumPy parses what looks like a list of fields
         floating = False
     if not floating:
         raise ValueError(f"{field}={config[field]!r} is no floating-point dtype: use float32")

@@ -52,6 +52,32 @@ def commit() -> str | None:
         return None
 
 
+def named_folder(text: str, option: str) -> Path:
+    """Returns the folder that an option of a command line names; `~` is a home folder.
+
+    Raises:
+      ValueError: for an address, or the home folder of nobody.
+
+    >>> named_folder("gs://bucket/run", "workdir")
+    Traceback (most recent call last):
+    ...
+    ValueError: workdir='gs://bucket/run' must be a folder: mount the bucket (gcsfuse) and name its
+    mount point
+    """
+    if "://" in text:
+        raise ValueError(
+            f"{option}={text!r} must be a folder: mount the bucket (gcsfuse) and name its mount "
+            "point"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{option}={text!r} begins with a home folder that is not known: name the whole path, "
+            f"or ./{text}"
+        ) from error
+
+
 def write_json(file: Path, content: Any) -> None:
     """Writes `content` as JSON, all or nothing; NaN and infinity, which JSON lacks, become null."""
     partial = file.with_suffix(".partial")

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from asgd_jax.data import BatchPlan
-from asgd_jax.training.checkpoint import last_step, refuse_mismatch
+from asgd_jax.training.checkpoint import last_step, refuse_mismatch, refuse_pattern
 
 # Fields that a resumed run may change: they decide how long it is, what it reports and where it
 # runs, not the path of its parameters.
@@ -54,8 +54,10 @@ def finished_summary(workdir: Path, config: ConfigDict) -> dict[str, Any] | None
     """Returns the summary of the run in `workdir` if it is finished, or None if it is to go on.
 
     Raises:
-      ValueError: when the folder holds another run, or files of the same names that are no run's.
+      ValueError: when the folder holds another run, or files of the same names that are no run's,
+        or could keep no checkpoints.
     """
+    refuse_pattern(workdir)
     saved, summary = _read(workdir / "config.json"), _read(workdir / "summary.json")
     if saved is None:
         if summary is not None or (workdir / "metrics.csv").exists():
