@@ -8,7 +8,9 @@ Jacobians, has no eigenvalue outside the unit disc.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import optax
@@ -27,7 +29,8 @@ from asgd_jax.stability.arguments import (
     positive,
 )
 from asgd_jax.stability.quadratic_step import MakeOptimizer, float64, quadratic_step
-from asgd_jax.stability.step_jacobian import Minimum, find_minimum, step_jacobian
+from asgd_jax.stability.settle import PeriodicStep, settle
+from asgd_jax.stability.step_jacobian import step_jacobian
 
 _MARGIN = 1e-11  # growth a step that rounding of the eigenvalues can produce
 _STEPS_PER_OCTAVE = 4
@@ -41,6 +44,7 @@ def optimizer_max_learning_rate(
     *,
     sharpness: float = 1.0,
     optimizer_state: optax.OptState | None = None,
+    extra_args: Mapping[str, Any] = MappingProxyType({}),
     at_update: int | None = None,
     criterion: Criterion = "mean",
 ) -> float:
@@ -109,10 +113,17 @@ def optimizer_max_learning_rate(
     """
     sharpness = positive(sharpness, "sharpness")
     with float64():
-        minimum = _minimum(
-            make_optimizer, delay, sharpness, optimizer_state, at_update, criterion, 0.7 / sharpness
+        settled = _settled(
+            make_optimizer,
+            delay,
+            sharpness,
+            optimizer_state,
+            extra_args,
+            at_update,
+            criterion,
+            0.7 / sharpness,
         )
-        return _first_crossing(functools.partial(_log_radius, minimum), 1.0 / sharpness)
+        return _first_crossing(functools.partial(_log_radius, settled), 1.0 / sharpness)
 
 
 def optimizer_spectral_radius(
@@ -122,6 +133,7 @@ def optimizer_spectral_radius(
     learning_rate: float,
     sharpness: float = 1.0,
     optimizer_state: optax.OptState | None = None,
+    extra_args: Mapping[str, Any] = MappingProxyType({}),
     at_update: int | None = None,
     criterion: Criterion = "mean",
 ) -> float:
@@ -148,39 +160,46 @@ def optimizer_spectral_radius(
     sharpness = positive(sharpness, "sharpness")
     rate = positive(learning_rate, "learning_rate")
     with float64():
-        minimum = _minimum(
-            make_optimizer, delay, sharpness, optimizer_state, at_update, criterion, rate
+        settled = _settled(
+            make_optimizer,
+            delay,
+            sharpness,
+            optimizer_state,
+            extra_args,
+            at_update,
+            criterion,
+            rate,
         )
-        return math.exp(_log_radius(minimum, rate))
+        return math.exp(_log_radius(settled, rate))
 
 
-def _minimum(
+def _settled(
     make_optimizer: MakeOptimizer,
     delay: Delay,
     sharpness: float,
     optimizer_state: optax.OptState | None,
+    extra_args: Mapping[str, Any],
     at_update: int | None,
     criterion: str,
     rate: float,
-) -> Minimum:
+) -> PeriodicStep:
     """Checks the arguments, and the optimizer at (or, if it explodes there, below) this rate."""
     choose(criterion, CRITERIA, "criterion")
     where = as_delay(delay)
     if at_update is not None:
         at_update = as_integer(at_update, "at_update")
-    step = quadratic_step(make_optimizer, where, sharpness, optimizer_state)
-    return find_minimum(
-        step_jacobian(step, where, average=criterion == "mean"),
-        rate,
-        sharpness=sharpness,
-        held=step.held,
-        at_update=at_update,
-    )
+    if not isinstance(extra_args, Mapping):
+        raise ValueError(
+            f"extra_args must be a mapping of names to arguments of update, got {extra_args!r}"
+        )
+    step = quadratic_step(make_optimizer, where, sharpness, optimizer_state, extra_args)
+    jacobian = step_jacobian(step, where, average=criterion == "mean")
+    return settle(jacobian, rate, sharpness=sharpness, at_update=at_update)
 
 
-def _log_radius(minimum: Minimum, rate: float) -> float:
+def _log_radius(settled: PeriodicStep, rate: float) -> float:
     """Logarithm of the growth in one step."""
-    steps, weights = minimum.jacobians(rate), minimum.step.weights
+    steps, weights = settled.jacobians(rate), settled.jacobian.weights
     if not np.isfinite(steps).all():
         return math.inf
     # Averages that nobody reads, settings, slots about to be overwritten: what x does not excite,

@@ -1,13 +1,15 @@
 """One implemented train step on the quadratic a x^2 / 2, as a function of a vector.
 
 The vector holds the parameter and every floating-point value of the optimizer's state; counters,
-random keys and the like come beside it and move on by themselves.
+random keys and the like come beside it and move on by themselves. For a wrapper that keeps its own
+copy of the parameters (`optax.lookahead`) x is the one whose gradient is taken.
 """
 
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +22,23 @@ from asgd_jax.transforms import delayed, stale_params
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
 Memory = tuple[jax.Array, list[jax.Array]]  # floating-point values, and all others
 
+_WARM_UP = 16  # updates that fill a state
+_MISSING = re.compile(r"missing \d+ required keyword-only arguments?: (.*)")
+
 
 class Layout(NamedTuple):
-    """How a parameter and an optimizer state lie in a memory: their structure, and their leaves."""
+    """How a parameter and an optimizer state lie in a memory.
+
+    Attributes:
+      structure: of the pair of both.
+      leaves: shapes and dtypes.
+      names: of the leaf that each floating-point value belongs to, as a path in the state that
+        `make_optimizer(...).init` returns; empty for parameters and a history of them.
+    """
 
     structure: Any
     leaves: list[jax.ShapeDtypeStruct]
+    names: list[str]
 
     def pack(self, tree: Any) -> Memory:
         """The parameter comes first."""
@@ -55,8 +68,8 @@ class QuadraticStep(NamedTuple):
       start: `start(learning_rate) -> Memory` before the first update, at the minimum.
       advance: `advance(learning_rate, memory, noise, staleness=None) -> Memory`, one update with
         the gradient a x_stale + noise; an int32 `staleness` overrules the optimizer's delay.
-      held: whether the floating-point values are those of a given state, to be put back after
-        every update.
+      held: whether the floating-point values that `start` returns are to be put back after every
+        update.
     """
 
     layout: Layout
@@ -84,6 +97,7 @@ def quadratic_step(
     delay: int | np.ndarray,
     sharpness: float,
     optimizer_state: optax.OptState | None,
+    extra_args: Mapping[str, Any],
 ) -> QuadraticStep:
     """Builds the train step; call it, and what it returns, inside `float64()`.
 
@@ -93,9 +107,10 @@ def quadratic_step(
       delay: checked delay: an int, or the mass function of random delays.
       sharpness: > 0.
       optimizer_state: state of `make_optimizer(...)` for a scalar parameter, or None.
+      extra_args: keyword arguments for every `update`.
 
     Raises:
-      ValueError: when the optimizer does not start, would delay twice, or has other states.
+      ValueError: when the optimizer does not run, would delay twice, or has other states.
     """
     if not callable(make_optimizer):
         raise ValueError(
@@ -103,8 +118,12 @@ def quadratic_step(
             "pass for instance optax.sgd or lambda learning_rate: optax.sgd(learning_rate, 0.9)"
         )
     rate = 1.0 / sharpness
-    shapes = run_user_code(lambda: jax.eval_shape(lambda: _at_minimum(make_optimizer(rate))))
-    wrapped = not _delays_by_itself(shapes)
+    bare = run_user_code(lambda: make_optimizer(rate))
+    if not (hasattr(bare, "init") and hasattr(bare, "update")):
+        raise ValueError(f"make_optimizer must return an optax optimizer, got {bare!r}")
+    zero = _zero_parameter(bare, extra_args)
+    shapes = jax.eval_shape(bare.init, zero)
+    wrapped = not _nodes(shapes, "DelayedState", "DelayGradientsState")
     if not wrapped and not (isinstance(delay, int) and delay == 0):
         raise ValueError(
             "make_optimizer returns an optimizer that already delays its gradients: pass delay=0 "
@@ -117,11 +136,17 @@ def quadratic_step(
         inner = make_optimizer(rate)
         return delayed(inner, longest) if wrapped else optax.with_extra_args_support(inner)
 
-    shapes = jax.eval_shape(lambda: _at_minimum(make(rate)))
-    layout = Layout(jax.tree.structure(shapes), jax.tree.leaves(shapes))
+    def at_minimum(rate: Any) -> tuple[Any, optax.OptState]:
+        return zero, make(rate).init(zero)
+
+    shapes = jax.eval_shape(lambda: at_minimum(rate))
+    layout = _layout(shapes, "[1].inner_state" if wrapped else "[1]")
+    histories = _nodes(shapes[1], "DelayedState")
+    # Inside lookahead, `delayed` knows the fast parameters only.
+    inside = any(_nodes(node, "LookaheadState") for node in histories)
 
     def start(rate: Any) -> Memory:
-        return layout.pack(_at_minimum(make(rate)))
+        return layout.pack(at_minimum(rate))
 
     def advance(
         rate: Any, memory: Memory, noise: Any, staleness: jax.Array | None = None
@@ -130,22 +155,68 @@ def quadratic_step(
         if staleness is not None:
             slot = (state.count - staleness) % state.history.shape[0]
             state = state._replace(staleness=staleness, stale=state.history[slot])
-        where = params
-        with contextlib.suppress(ValueError):  # no history: delay_gradients by itself
-            where = stale_params(state, params)
-        updates, state = make(rate).update(sharpness * where + noise, state, params)
+        where = params if inside else jax.tree.leaves(params)[0]
+        if histories:
+            where = stale_params(state, where)
+        gradient = sharpness * jax.tree.leaves(where)[0] + noise
+        updates, state = make(rate).update(gradient, state, params, **extra_args)
         vector, others = layout.pack((optax.apply_updates(params, updates), state))
         # In a loop the dtypes must stay.
         return vector, [_like(new, old) for new, old in zip(others, memory[1], strict=True)]
 
-    if optimizer_state is not None:
-        params, state = _at_minimum(make(rate))
-        given = _match(optimizer_state, state.inner_state if wrapped else state)
-        given = layout.pack((params, state._replace(inner_state=given) if wrapped else given))
-        # A learning rate in the state (inject_hyperparams) is not held: it is the one asked about.
-        ours = np.asarray(start(rate)[0] == start(rate / 2.0)[0])
-        start = functools.partial(_start_held, start, advance, given, ours)
-    return QuadraticStep(layout, start, advance, optimizer_state is not None)
+    run_user_code(lambda: jax.eval_shape(lambda: advance(rate, start(rate), 0.0)), extra_args)
+    step = QuadraticStep(layout, start, advance, held=False)
+    if optimizer_state is None:
+        return step
+    params, state = at_minimum(rate)
+    given = _match(optimizer_state, state.inner_state if wrapped else state, zero)
+    return hold(
+        step, layout.pack((params, state._replace(inner_state=given) if wrapped else given))
+    )
+
+
+def hold(step: QuadraticStep, given: Memory) -> QuadraticStep:
+    """The step whose every update ends in the given values, before it is linearised there."""
+    # A learning rate in the state (inject_hyperparams) is not held: it is the one asked about.
+    ours = np.asarray(step.start(1.0)[0] == step.start(0.5)[0])
+    start = functools.partial(_start_held, step.start, step.advance, given, ours)
+    return step._replace(start=start, held=True)
+
+
+class WarmState(NamedTuple):
+    """What gradients of order 1 leave in a state.
+
+    Attributes:
+      memory: with its momenta at zero.
+      momenta: of each value, whether it is affine in the gradients, as momenta and averages of
+        gradients or parameters are.
+      preconditioner: whether it depends on them otherwise, as a second moment does.
+    """
+
+    memory: Memory
+    momenta: np.ndarray
+    preconditioner: np.ndarray
+
+
+def warm_up(step: QuadraticStep, rate: float) -> WarmState:
+    """Fills the state by gradients, their opposites and none; the parameter is kept at zero."""
+
+    def after(sign: float) -> Memory:
+        def update(k: int, memory: Memory) -> Memory:
+            vector, others = step.advance(rate, memory, sign * jnp.cos(1.0 + 2.0 * k))
+            return jnp.where(is_parameter, 0.0, vector), others
+
+        return jax.lax.fori_loop(0, _WARM_UP, update, step.start(rate))
+
+    is_parameter = np.array([name == "" for name in step.layout.names])
+    ends = jax.vmap(after)(jnp.array([1.0, 0.0, -1.0]))
+    up, still, down = np.asarray(ends[0])
+    moved = up != still
+    affine = np.isclose(up + down, 2.0 * still, rtol=1e-9, atol=1e-9 * abs(up).max())
+    vector = jnp.where(moved & affine, 0.0, up)
+    return WarmState(
+        (vector, [leaf[0] for leaf in ends[1]]), moved & affine, moved & ~affine & ~is_parameter
+    )
 
 
 def _start_held(
@@ -165,38 +236,67 @@ def _start_held(
     return vector * ratio, given[1]
 
 
-def _delays_by_itself(tree: Any) -> bool:
-    """Whether it holds the state of `delayed` or `delay_gradients`."""
-    names = ("DelayedState", "DelayGradientsState")
+def _nodes(tree: Any, *names: str) -> list[Any]:
+    """Its outermost nodes of classes with these names."""
 
-    def is_delay(node: Any) -> bool:
+    def is_named(node: Any) -> bool:
         return type(node).__name__ in names
 
-    return any(is_delay(node) for node in jax.tree.leaves(tree, is_leaf=is_delay))
+    return [node for node in jax.tree.leaves(tree, is_leaf=is_named) if is_named(node)]
 
 
-def _match(given: optax.OptState, expected: optax.OptState) -> optax.OptState:
+def _zero_parameter(optimizer: Any, extra_args: Mapping[str, Any]) -> Any:
+    """A scalar, or the least that the optimizer takes in its place."""
+    pair = optax.LookaheadParams.init_synced(jnp.zeros(()))
+    # Most optimizers take a pair for two parameters, so the state must say that it is none; and
+    # those that do not take it at all are not meant for it.
+    with contextlib.suppress(Exception):
+        if _nodes(jax.eval_shape(optimizer.init, pair), "LookaheadState"):
+            return pair
+    update = optax.with_extra_args_support(optimizer).update
+
+    def runs(zero: jax.Array) -> bool:
+        with contextlib.suppress(Exception):
+            jax.eval_shape(lambda: update(zero, optimizer.init(zero), zero, **extra_args))
+            return True
+        return False
+
+    scalar, vector = jnp.zeros(()), jnp.zeros(1)
+    return vector if not runs(scalar) and runs(vector) else scalar  # sm3 has a sum for each axis
+
+
+def _layout(shapes: Any, prefix: str) -> Layout:
+    paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    names = [
+        (name.removeprefix(prefix) or "the whole state") if name.startswith(prefix) else ""
+        for name, leaf in ((jax.tree_util.keystr(path), leaf) for path, leaf in paths)
+        if is_float(leaf)
+        for _ in range(math.prod(leaf.shape))
+    ]
+    return Layout(structure, [leaf for _, leaf in paths], names)
+
+
+def _match(given: optax.OptState, expected: optax.OptState, zero: Any) -> optax.OptState:
     """`given` with the dtypes of `expected`, if it has its structure and shapes."""
     if str(jax.tree.structure(given)) != str(jax.tree.structure(expected)):
         raise ValueError(
             "optimizer_state has another structure than the state of make_optimizer(...) for a "
-            "scalar parameter: start from make_optimizer(learning_rate).init(jnp.zeros(()))"
+            f"scalar parameter: start from make_optimizer(learning_rate).init({_literal(zero)})"
         )
     pairs = zip(jax.tree.leaves(given), jax.tree.leaves(expected), strict=True)
     for shape, wanted in ((jnp.shape(leaf), jnp.shape(like)) for leaf, like in pairs):
         if shape != wanted:
             raise ValueError(
-                f"optimizer_state has a leaf of shape {shape}, not {wanted}: "
-                "it must be the state of a scalar parameter"
+                f"optimizer_state has a leaf of shape {shape}, not {wanted}: it must be the state "
+                f"of one parameter, make_optimizer(learning_rate).init({_literal(zero)})"
             )
     return jax.tree.map(_like, given, expected)
 
 
-def _at_minimum(optimizer: Any) -> tuple[jax.Array, optax.OptState]:
-    """The parameter and a new optimizer state."""
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise ValueError(f"make_optimizer must return an optax optimizer, got {optimizer!r}")
-    return jnp.zeros(()), optimizer.init(jnp.zeros(()))
+def _literal(zero: Any) -> str:
+    if isinstance(zero, optax.LookaheadParams):
+        return "optax.LookaheadParams.init_synced(jnp.zeros(()))"
+    return f"jnp.zeros({zero.shape})"
 
 
 def is_float(leaf: Any) -> bool:
@@ -209,15 +309,30 @@ def _like(leaf: Any, reference: Any) -> jax.Array:
     return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
 
-def run_user_code(function: Callable[[], Any]) -> Any:
+def run_user_code(function: Callable[[], Any], extra_args: Mapping[str, Any] = {}) -> Any:
     """Calls the function; whatever an optimizer raises in it becomes one line."""
     try:
         return function()
-    except ValueError:
-        raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            "the optimizer cannot make a train step with a scalar parameter by "
-            f"update(gradient, state, params): {reason}"
-        ) from error
+        raise ValueError(_explain(error, extra_args)) from error
+
+
+def _explain(error: Exception, extra_args: Mapping[str, Any]) -> str:
+    missing = _MISSING.search(str(error))
+    if missing and not any(repr(name) in missing[1] for name in extra_args):
+        return (
+            f"the optimizer's update needs {missing[1]}: pass extra_args=, a mapping from such "
+            "names to what they are at the minimum"
+        )
+    if missing:
+        return f"the optimizer does not hand {missing[1]} on: wrap it in what takes extra arguments"
+    if isinstance(error, jax.errors.JAXTypeError):
+        return (
+            "the optimizer's update cannot be compiled by jax.jit: it must not branch on values of "
+            f"its arguments ({type(error).__name__})"
+        )
+    said = f": {str(error).splitlines()[0]}" if isinstance(error, ValueError) and str(error) else ""
+    return (
+        "the optimizer cannot make a train step with one scalar parameter by update(gradient, "
+        f"state, params, **extra_args), it raises {type(error).__name__}{said}"
+    )

@@ -1,0 +1,166 @@
+"""Whether the Jacobians of a train step describe it, and from where on they repeat.
+
+A step that is linear near the minimum agrees with its Jacobian for finite noise too, which is
+checked; one that is not is refused with what was found when the remedy was tried. A step with rings
+or schedules in its state is followed until it repeats.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from asgd_jax.stability.quadratic_step import WarmState, hold, warm_up
+from asgd_jax.stability.step_jacobian import PROBES, StepJacobian, Stretch
+
+_LARGEST_PROBE, _LARGEST_HELD_PROBE = 1e-3, 1e-6
+_NONLINEAR = 1e-4  # relative deviation that rounding does not explain
+_LONGEST_WAIT = 2**16  # updates in which bias corrections and warm-ups must fade
+_SETTLED, _SETTLED_AT = 1e-9, 0.1  # relative change in a period; around an update that was named
+_MOST_REPEATS = 24  # stretches in a period: accumulation and lookahead have periods of their own
+
+
+class PeriodicStep(NamedTuple):
+    """A train step that repeats with the period of `repeats` stretches, from update `start` on."""
+
+    jacobian: StepJacobian
+    start: int
+    repeats: int
+
+    def jacobians(self, rate: float) -> np.ndarray:
+        """Those of one period with respect to z, shape (T, num_alternatives, n, n)."""
+        starts = (self.start + k * self.jacobian.num_steps for k in range(self.repeats))
+        stretches = [self.jacobian.run(rate, start, 0.0).jacobians for start in starts]
+        return np.concatenate(stretches)[..., :-1]
+
+
+class _Fault(NamedTuple):
+    """Why a step is not linear, and whether it is because x moves by itself."""
+
+    reason: str
+    drifts: bool = False
+
+
+def settle(
+    jacobian: StepJacobian, rate: float, *, sharpness: float, at_update: int | None
+) -> PeriodicStep:
+    """Checks that the step is linear, and waits until it is periodic.
+
+    Args:
+      jacobian: the linearised train step.
+      rate: a learning rate to try. Where x explodes, a smaller one is taken, because the probes
+        would grow to gradients that may be clipped.
+      sharpness: of the quadratic.
+      at_update: where to read the state, or None for wherever it settles.
+
+    Raises:
+      ValueError: when the step is not linear or does not settle.
+    """
+    first = max(2 * jacobian.num_steps, at_update or 0)
+    for _ in range(300):
+        predicted = _respond(jacobian, jacobian.run(rate, first, 0.0))
+        if not sharpness * abs(predicted).max() > 10.0:
+            break
+        rate /= 4.0
+    fault = _fault(jacobian, rate, first)
+    if fault is not None:
+        raise ValueError(f"the optimizer {fault.reason}: {_remedy(jacobian, rate, first, fault)}")
+    if at_update is not None:
+        return _periodic(jacobian, rate, [first], _SETTLED_AT)
+    octaves = max(1, math.ceil(math.log2(_LONGEST_WAIT / first)))
+    return _periodic(jacobian, rate, [first << k for k in range(0, octaves + 1, 2)], _SETTLED)
+
+
+def _fault(jacobian: StepJacobian, rate: float, first: int) -> _Fault | None:
+    """What is wrong unless finite noise acts as the Jacobian says."""
+    predicted = _respond(jacobian, jacobian.run(rate, first, 0.0))
+    if not np.isfinite(predicted).all():
+        return _Fault("is not linear near a minimum (its Jacobian is not finite)")
+    probe = _LARGEST_HELD_PROBE if jacobian.step.held else _LARGEST_PROBE
+    stretch = jacobian.run(rate, first, probe)
+    if stretch.drifts:
+        return _Fault("moves the parameter without any gradient", drifts=True)
+    if stretch.hidden:
+        raise ValueError(
+            "the optimizer keeps values in integers (a half-precision history, quantised state), "
+            "which have no Jacobian: use full precision here"
+        )
+    found = stretch.deviations / (probe * PROBES)
+    error = abs(found - predicted[:, None]).max()
+    scale = max(abs(predicted).max(), abs(found).max())
+    if error <= max(_NONLINEAR, 8.0 * jacobian.precision) * scale:
+        return None
+    return _Fault(
+        f"is not linear near a minimum (gradients of {probe:g} and less move the parameter "
+        f"otherwise than its Jacobian says, by {100 * error / scale:.3g}%)"
+    )
+
+
+def _remedy(jacobian: StepJacobian, rate: float, first: int, fault: _Fault) -> str:
+    """What helps, tried before it is named."""
+    step, names = jacobian.step, jacobian.step.layout.names
+    warm = warm_up(step, rate)
+    given = np.asarray(step.start(rate)[0])
+    if step.held and fault.drifts and (moving := _names(names, warm.momenta & (given != 0.0))):
+        return f"set its momenta in optimizer_state= to zero, here {moving}"
+    trial = _fault(jacobian._replace(step=hold(step, warm.memory)), rate, first)
+    if trial is not None and trial.drifts:
+        return "leave out what adds noise"
+    if trial is not None:
+        return (
+            "nor is it while its state is held (optimizer_state=), because it uses a sign, a norm, "
+            "a ratio or the like of the gradient or the parameter; leave that part out and ask "
+            "about the rest, if there is one"
+        )
+    held = _names(names, warm.preconditioner)
+    if not held:
+        return "smaller ones do not: leave out the clipping, which is not active near a minimum"
+    if step.held:
+        return f"its preconditioner in optimizer_state=, {held}, must not be zero"
+    momenta = _names(names, warm.momenta)
+    return f"pass optimizer_state=, a warmed-up state for one parameter, to hold {held} fixed" + (
+        f", with {momenta} set to zero" if momenta else ""
+    )
+
+
+def _names(names: list[str], which: np.ndarray) -> str:
+    found = dict.fromkeys(name for name, chosen in zip(names, which, strict=True) if chosen)
+    return ", ".join(name for name in found if name)
+
+
+def _respond(jacobian: StepJacobian, stretch: Stretch) -> np.ndarray:
+    """By how much a unit of x and of noise change x after each update, to first order."""
+    if not np.isfinite(stretch.jacobians).all():
+        return np.array([np.nan])
+    memory = np.eye(stretch.jacobians.shape[2])[0]
+    response = []
+    for jacobians, kick in zip(stretch.jacobians, jacobian.noise, strict=True):
+        memory = jacobian.weights @ (jacobians @ np.append(memory, kick))
+        response.append(memory[0])
+    return np.array(response)
+
+
+def _periodic(
+    jacobian: StepJacobian, rate: float, starts: list[int], tolerance: float
+) -> PeriodicStep:
+    """From the first of the starts from which the step repeats with a period."""
+    num_steps = jacobian.num_steps
+    for start in starts:
+        stretches: list[np.ndarray] = []
+        for repeats in range(1, _MOST_REPEATS + 1):
+            for k in range(len(stretches), 2 * repeats):
+                stretches.append(jacobian.run(rate, start + k * num_steps, 0.0).jacobians)
+            pairs = zip(stretches[:-repeats], stretches[repeats:], strict=True)
+            if all(_close(a, b, tolerance) for a, b in pairs):
+                return PeriodicStep(jacobian, start, repeats)
+    raise ValueError(
+        f"the train step still changes after {starts[-1]} updates, with no period of up to "
+        f"{_MOST_REPEATS * num_steps}: give a schedule that ends, or at_update=, the update around "
+        "which to take it as constant; where the optimizer itself draws random delays, pass it "
+        "without them and the process as delay"
+    )
+
+
+def _close(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
+    """Entry by entry: parameters and momenta may have very different units."""
+    return bool((abs(a - b) <= tolerance * np.maximum(abs(a), abs(b))).all())
