@@ -35,6 +35,7 @@ from asgd_jax.stability.step_jacobian import step_jacobian
 _MARGIN = 1e-11  # growth a step that rounding of the eigenvalues can produce
 _STEPS_PER_OCTAVE = 4
 _MOST_OCTAVES = 60  # to either side of 1 / sharpness
+_NOT_CONSTANT = {"grad", "staleness", "stale_params"}
 _DENSE = 150  # largest map of second moments whose eigenvalues are all computed
 
 
@@ -192,9 +193,14 @@ def _settled(
         raise ValueError(
             f"extra_args must be a mapping of names to arguments of update, got {extra_args!r}"
         )
+    for name in _NOT_CONSTANT & extra_args.keys():
+        raise ValueError(
+            f"extra_args must not hold {name!r}, which differs from update to update: a line "
+            "search is not linear, and staleness and stale_params are handed on by themselves"
+        )
     step = quadratic_step(make_optimizer, where, sharpness, optimizer_state, extra_args)
     jacobian = step_jacobian(step, where, average=criterion == "mean")
-    return settle(jacobian, rate, sharpness=sharpness, at_update=at_update)
+    return settle(jacobian, rate, at_update)
 
 
 def _log_radius(settled: PeriodicStep, rate: float) -> float:

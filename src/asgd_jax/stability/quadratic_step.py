@@ -34,11 +34,13 @@ class Layout(NamedTuple):
       leaves: shapes and dtypes.
       names: of the leaf that each floating-point value belongs to, as a path in the state that
         `make_optimizer(...).init` returns; empty for parameters and a history of them.
+      counters: which of all other leaves are integers in that state.
     """
 
     structure: Any
     leaves: list[jax.ShapeDtypeStruct]
     names: list[str]
+    counters: list[int]
 
     def pack(self, tree: Any) -> Memory:
         """The parameter comes first."""
@@ -64,6 +66,7 @@ class QuadraticStep(NamedTuple):
     """A train step on the quadratic.
 
     Attributes:
+      sharpness: a.
       layout: of its memory.
       start: `start(learning_rate) -> Memory` before the first update, at the minimum.
       advance: `advance(learning_rate, memory, noise, staleness=None) -> Memory`, one update with
@@ -72,6 +75,7 @@ class QuadraticStep(NamedTuple):
         update.
     """
 
+    sharpness: float
     layout: Layout
     start: Callable[[Any], Memory]
     advance: Callable[..., Memory]
@@ -165,7 +169,7 @@ def quadratic_step(
         return vector, [_like(new, old) for new, old in zip(others, memory[1], strict=True)]
 
     run_user_code(lambda: jax.eval_shape(lambda: advance(rate, start(rate), 0.0)), extra_args)
-    step = QuadraticStep(layout, start, advance, held=False)
+    step = QuadraticStep(sharpness, layout, start, advance, held=False)
     if optimizer_state is None:
         return step
     params, state = at_minimum(rate)
@@ -188,9 +192,8 @@ class WarmState(NamedTuple):
 
     Attributes:
       memory: with its momenta at zero.
-      momenta: of each value, whether it is affine in the gradients, as momenta and averages of
-        gradients or parameters are.
-      preconditioner: whether it depends on them otherwise, as a second moment does.
+      momenta: of each value, whether it is affine in the gradients and moves the parameter.
+      preconditioner: whether it depends on the gradients otherwise, as a second moment does.
     """
 
     memory: Memory
@@ -209,14 +212,18 @@ def warm_up(step: QuadraticStep, rate: float) -> WarmState:
         return jax.lax.fori_loop(0, _WARM_UP, update, step.start(rate))
 
     is_parameter = np.array([name == "" for name in step.layout.names])
-    ends = jax.vmap(after)(jnp.array([1.0, 0.0, -1.0]))
-    up, still, down = np.asarray(ends[0])
+    ends, others = jax.vmap(after)(jnp.array([1.0, 0.0, -1.0]))
+    others = [leaf[0] for leaf in others]
+    up, still, down = np.asarray(ends)
     moved = up != still
-    affine = np.isclose(up + down, 2.0 * still, rtol=1e-9, atol=1e-9 * abs(up).max())
-    vector = jnp.where(moved & affine, 0.0, up)
-    return WarmState(
-        (vector, [leaf[0] for leaf in ends[1]]), moved & affine, moved & ~affine & ~is_parameter
-    )
+    middle = np.where(np.isfinite(still), 2.0 * still, 0.0)  # without gradients some divide by 0
+    affine = moved & np.isclose(up + down, middle, rtol=1e-9, atol=1e-9 * abs(up).max())
+    # One at a time: what does not move x must stay, others divide by it (Prodigy's grad_sum).
+    each = jnp.where(affine & ~np.eye(up.size, dtype=bool), 0.0, up)
+    moving = jax.vmap(lambda row: step.advance(rate, (row, others), 0.0)[0][0])(each) != 0.0
+    momenta = affine & np.asarray(moving)
+    memory = jnp.where(momenta, 0.0, up), others
+    return WarmState(memory, momenta, moved & ~affine & ~is_parameter)
 
 
 def _start_held(
@@ -266,14 +273,27 @@ def _zero_parameter(optimizer: Any, extra_args: Mapping[str, Any]) -> Any:
 
 
 def _layout(shapes: Any, prefix: str) -> Layout:
+    """The layout of a parameter and a state; what the optimizer itself keeps is at `prefix`."""
     paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    leaves = [leaf for _, leaf in paths]
+    texts = [jax.tree_util.keystr(path) for path, _ in paths]
     names = [
         (name.removeprefix(prefix) or "the whole state") if name.startswith(prefix) else ""
-        for name, leaf in ((jax.tree_util.keystr(path), leaf) for path, leaf in paths)
+        for name in texts
+    ]
+    each = [
+        name
+        for name, leaf in zip(names, leaves, strict=True)
         if is_float(leaf)
         for _ in range(math.prod(leaf.shape))
     ]
-    return Layout(structure, [leaf for _, leaf in paths], names)
+    others = [(name, leaf) for name, leaf in zip(names, leaves, strict=True) if not is_float(leaf)]
+    counters = [
+        k
+        for k, (name, leaf) in enumerate(others)
+        if name and leaf.shape == () and jnp.issubdtype(leaf.dtype, jnp.integer)
+    ]
+    return Layout(structure, leaves, each, counters)
 
 
 def _match(given: optax.OptState, expected: optax.OptState, zero: Any) -> optax.OptState:
@@ -318,21 +338,19 @@ def run_user_code(function: Callable[[], Any], extra_args: Mapping[str, Any] = {
 
 
 def _explain(error: Exception, extra_args: Mapping[str, Any]) -> str:
-    missing = _MISSING.search(str(error))
-    if missing and not any(repr(name) in missing[1] for name in extra_args):
-        return (
-            f"the optimizer's update needs {missing[1]}: pass extra_args=, a mapping from such "
-            "names to what they are at the minimum"
-        )
-    if missing:
-        return f"the optimizer does not hand {missing[1]} on: wrap it in what takes extra arguments"
+    if missing := _MISSING.search(str(error)):
+        needs = f"the optimizer's update needs {missing[1]}"
+        if "'grad'" in missing[1]:
+            return f"{needs} for a line search, which is not linear: leave that out"
+        if any(repr(name) in missing[1] for name in extra_args):
+            return f"{needs}, which a wrapper around it does not hand on from extra_args="
+        return f"{needs}: pass extra_args=, a mapping from its name to what it is at the minimum"
     if isinstance(error, jax.errors.JAXTypeError):
         return (
             "the optimizer's update cannot be compiled by jax.jit: it must not branch on values of "
             f"its arguments ({type(error).__name__})"
         )
-    said = f": {str(error).splitlines()[0]}" if isinstance(error, ValueError) and str(error) else ""
-    return (
-        "the optimizer cannot make a train step with one scalar parameter by update(gradient, "
-        f"state, params, **extra_args), it raises {type(error).__name__}{said}"
-    )
+    cannot = "the optimizer cannot update one scalar parameter by update(gradient, state, params)"
+    if isinstance(error, ValueError) and str(error):  # written for the optimizer's user
+        return f"{cannot} (extra_args= hands it more): {str(error).splitlines()[0]}"
+    return f"{cannot}, it raises {type(error).__name__}"

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from asgd_jax.stability.quadratic_step import WarmState, hold, warm_up
+from asgd_jax.stability.quadratic_step import hold, warm_up
 from asgd_jax.stability.step_jacobian import PROBES, StepJacobian, Stretch
 
 _LARGEST_PROBE, _LARGEST_HELD_PROBE = 1e-3, 1e-6
 _NONLINEAR = 1e-4  # relative deviation that rounding does not explain
 _LONGEST_WAIT = 2**16  # updates in which bias corrections and warm-ups must fade
 _SETTLED, _SETTLED_AT = 1e-9, 0.1  # relative change in a period; around an update that was named
-_MOST_REPEATS = 24  # stretches in a period: accumulation and lookahead have periods of their own
+_MOST_REPEATS = 8  # stretches in a period: a schedule may have one of its own
 
 
 class PeriodicStep(NamedTuple):
@@ -41,16 +41,13 @@ class _Fault(NamedTuple):
     drifts: bool = False
 
 
-def settle(
-    jacobian: StepJacobian, rate: float, *, sharpness: float, at_update: int | None
-) -> PeriodicStep:
+def settle(jacobian: StepJacobian, rate: float, at_update: int | None) -> PeriodicStep:
     """Checks that the step is linear, and waits until it is periodic.
 
     Args:
       jacobian: the linearised train step.
       rate: a learning rate to try. Where x explodes, a smaller one is taken, because the probes
         would grow to gradients that may be clipped.
-      sharpness: of the quadratic.
       at_update: where to read the state, or None for wherever it settles.
 
     Raises:
@@ -59,7 +56,7 @@ def settle(
     first = max(2 * jacobian.num_steps, at_update or 0)
     for _ in range(300):
         predicted = _respond(jacobian, jacobian.run(rate, first, 0.0))
-        if not sharpness * abs(predicted).max() > 10.0:
+        if not jacobian.step.sharpness * abs(predicted).max() > 10.0:
             break
         rate /= 4.0
     fault = _fault(jacobian, rate, first)
@@ -108,13 +105,12 @@ def _remedy(jacobian: StepJacobian, rate: float, first: int, fault: _Fault) -> s
         return "leave out what adds noise"
     if trial is not None:
         return (
-            "nor is it while its state is held (optimizer_state=), because it uses a sign, a norm, "
-            "a ratio or the like of the gradient or the parameter; leave that part out and ask "
-            "about the rest, if there is one"
+            "nor is it while its state is held (optimizer_state=), because it uses a sign, a norm "
+            "or a ratio of gradients or parameters: leave that part out and ask about the rest"
         )
     held = _names(names, warm.preconditioner)
     if not held:
-        return "smaller ones do not: leave out the clipping, which is not active near a minimum"
+        return "smaller ones do not; leave out the clipping, which is not active near a minimum"
     if step.held:
         return f"its preconditioner in optimizer_state=, {held}, must not be zero"
     momenta = _names(names, warm.momenta)
@@ -129,10 +125,10 @@ def _names(names: list[str], which: np.ndarray) -> str:
 
 
 def _respond(jacobian: StepJacobian, stretch: Stretch) -> np.ndarray:
-    """By how much a unit of x and of noise change x after each update, to first order."""
+    """By how much unit noise, and x starting at 1 / a, change x, to first order."""
     if not np.isfinite(stretch.jacobians).all():
         return np.array([np.nan])
-    memory = np.eye(stretch.jacobians.shape[2])[0]
+    memory = np.eye(stretch.jacobians.shape[2])[0] / jacobian.step.sharpness
     response = []
     for jacobians, kick in zip(stretch.jacobians, jacobian.noise, strict=True):
         memory = jacobian.weights @ (jacobians @ np.append(memory, kick))

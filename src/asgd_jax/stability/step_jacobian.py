@@ -20,11 +20,15 @@ from asgd_jax.stability.quadratic_step import (
     run_user_code,
 )
 
-# Noise in the gradient at which the step is tried, relative to the largest one: |g| is not linear.
+# Noise in the gradient (and displacement of x, times the sharpness) at which the step is tried,
+# relative to the largest one: |g| is not linear.
 PROBES = np.array([1.0, -1.0, 1e-3])
-_TINY, _RELATIVE = 1e-20, 1e-5  # differences around zero, and around anything else
+# Differences around zero, and around anything else. Methods that divide by the squared gradient
+# stop where it is below the precision of a double; next to a held state 1e-6 may be large.
+_TINY, _TINY_HELD, _RELATIVE = 1e-6, 1e-20, 1e-5
 _SHORTEST = 4  # updates a stretch: enough for the state to act on x, and x on the state
 _MOST_MEMORY = 2**30  # bytes of Jacobians
+_HORIZON = 2**13  # updates in which a counter that starts again must do so
 
 
 class Stretch(NamedTuple):
@@ -34,7 +38,7 @@ class Stretch(NamedTuple):
       jacobians: float64, shape (num_steps, num_alternatives, n, n + 1): the derivatives of z' with
         respect to z, of which x is the first entry, and to the noise.
       deviations: float64, shape (num_steps, 3): by how much x differs after each update when it
-        starts at the probes and the gradients carry them as noise; nothing is linearised here.
+        starts at the probes / a and the gradients carry them as noise; not linearised.
       drifts: whether x moves without noise, so that the state is not at rest.
       hidden: whether the noise also changes state that is not floating point.
     """
@@ -50,7 +54,8 @@ class StepJacobian(NamedTuple):
 
     Attributes:
       step: the train step.
-      num_steps: length of a stretch, a common multiple of the sizes of all rings in the state.
+      num_steps: length of a stretch, a common multiple of the sizes of all rings in the state and
+        of the periods of its counters.
       weights: probability of each alternative of an update, shape (num_alternatives,).
       noise: shape (num_steps,), the pattern of the probes.
       precision: relative precision of the coarsest floating-point number in the state.
@@ -91,7 +96,7 @@ def step_jacobian(
     if not isinstance(delay, int):
         choices = np.flatnonzero(delay).astype(np.int32)
         weights = delay[choices]
-    num_steps = _num_steps(step.layout, 1 if average else weights.size)
+    num_steps = _num_steps(step, 1 if average else weights.size)
     noise = np.cos(1.0 + 2.0 * np.arange(num_steps))
 
     def stretch(
@@ -111,14 +116,21 @@ def step_jacobian(
 
         def body(carry: Any, kick: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
             memory, deviations = carry
-            deviations, result = _differentiate(alternatives, memory, deviations, kick, used)
+            deviations, result = _differentiate(
+                alternatives, memory, deviations, kick, used, jnp.where(held, _TINY_HELD, tiny)
+            )
             return (advance(memory), deviations), result
 
         memory = jax.lax.fori_loop(0, first, lambda _, m: advance(m), start)
-        deviations = jnp.zeros((PROBES.size, memory[0].size)).at[:, 0].set(probe * PROBES)
+        deviations = (
+            jnp.zeros((PROBES.size, memory[0].size)).at[:, 0].set(probe / step.sharpness * PROBES)
+        )
         return jax.lax.scan(body, (memory, deviations), probe * noise)[1]
 
     used = np.ones(1) if average else weights
+    # Parameters and gradients have different units.
+    tiny = np.array([_TINY if name else _TINY / step.sharpness for name in step.layout.names])
+    tiny = np.append(tiny, _TINY)
     start = step.start(1.0)
     compiled = run_user_code(lambda: _first_that_lowers(stretch, start))
     return StepJacobian(step, num_steps, used, noise, _precision(step.layout), compiled)
@@ -130,6 +142,7 @@ def _differentiate(
     deviations: jax.Array,
     kick: jax.Array,
     weights: np.ndarray,
+    tiny: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """The next deviations, and the fields of a `Stretch` for this update.
 
@@ -139,7 +152,7 @@ def _differentiate(
     vector, rest = memory
     still = jnp.append(vector, 0.0)
     n = still.size
-    sizes = jnp.where(still == 0.0, _TINY, _RELATIVE * jnp.abs(still))
+    sizes = jnp.where(still == 0.0, tiny, _RELATIVE * jnp.abs(still))
     above, below = still + jnp.diag(sizes), still - jnp.diag(sizes)
     probes = still + jnp.column_stack([deviations, kick * jnp.asarray(PROBES)])
     # All of them in one call, because compiling the step is what takes time.
@@ -153,14 +166,15 @@ def _differentiate(
     return deviations, (jacobians, deviations[:, 0], drifts, hidden.any())
 
 
-def _num_steps(layout: Layout, num_alternatives: int) -> int:
-    """Updates after which every ring is back at its first slot.
+def _num_steps(step: QuadraticStep, num_alternatives: int) -> int:
+    """Updates after which every ring is back at its first slot, and every counter at its start.
 
     The parameter is a scalar, so whatever has an axis in the state is a ring along it.
     """
-    floats = [leaf for leaf in layout.leaves if is_float(leaf)]
+    floats = [leaf for leaf in step.layout.leaves if is_float(leaf)]
     size = sum(math.prod(leaf.shape) for leaf in floats)
-    period = math.lcm(*{leaf.shape[0] for leaf in floats if leaf.shape} - {0})
+    rings = math.lcm(*{leaf.shape[0] for leaf in floats if leaf.shape} - {0})
+    period = math.lcm(rings, *_counter_periods(step))
     num_steps = period * math.ceil(_SHORTEST / period)
     if 8 * num_steps * num_alternatives * size * (size + 1) > _MOST_MEMORY:
         raise ValueError(
@@ -168,6 +182,32 @@ def _num_steps(layout: Layout, num_alternatives: int) -> int:
             "numbers do not fit into memory; max_learning_rate knows the usual optimizers"
         )
     return num_steps
+
+
+def _counter_periods(step: QuadraticStep) -> set[int]:
+    """Periods of the counters that start again, as those of accumulation and lookahead do."""
+    if not step.layout.counters:
+        return set()
+
+    def body(memory: Memory, _: None) -> tuple[Memory, jax.Array]:
+        after = step.advance(rate, memory, 0.0)
+        return after, jnp.array([after[1][k].astype(int) for k in step.layout.counters])
+
+    rate = 1.0 / step.sharpness
+    scan = jax.jit(lambda memory: jax.lax.scan(body, memory, None, length=_HORIZON)[1])
+    counts = np.asarray(run_user_code(lambda: scan(step.start(rate))))
+    return {_period(count) for count in counts.T if (np.diff(count) < 0).any()}
+
+
+def _period(count: np.ndarray) -> int:
+    tail = count[count.size // 2 :]
+    for period in range(1, tail.size // 2):
+        if (tail[period:] == tail[:-period]).all():
+            return period
+    raise ValueError(
+        f"a counter in the optimizer's state does not repeat in {count.size} updates: give shorter "
+        "periods of accumulation or synchronisation"
+    )
 
 
 def _precision(layout: Layout) -> float:
