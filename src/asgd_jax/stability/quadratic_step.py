@@ -22,7 +22,7 @@ from asgd_jax.transforms import delayed, stale_params
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
 Memory = tuple[jax.Array, list[jax.Array]]  # floating-point values, and all others
 
-_WARM_UP = 16  # updates that fill a state
+
 _MISSING = re.compile(r"missing \d+ required keyword-only arguments?: (.*)")
 
 
@@ -68,7 +68,8 @@ class QuadraticStep(NamedTuple):
     Attributes:
       sharpness: a.
       layout: of its memory.
-      start: `start(learning_rate) -> Memory` before the first update, at the minimum.
+      fresh: `fresh(learning_rate) -> Memory` at the minimum, as the optimizer's `init` makes it.
+      start: where the updates begin: `fresh`, or a state that is held.
       advance: `advance(learning_rate, memory, noise, staleness=None) -> Memory`, one update with
         the gradient a x_stale + noise; an int32 `staleness` overrules the optimizer's delay.
       held: whether the floating-point values that `start` returns are to be put back after every
@@ -77,6 +78,7 @@ class QuadraticStep(NamedTuple):
 
     sharpness: float
     layout: Layout
+    fresh: Callable[[Any], Memory]
     start: Callable[[Any], Memory]
     advance: Callable[..., Memory]
     held: bool
@@ -169,7 +171,7 @@ def quadratic_step(
         return vector, [_like(new, old) for new, old in zip(others, memory[1], strict=True)]
 
     run_user_code(lambda: jax.eval_shape(lambda: advance(rate, start(rate), 0.0)), extra_args)
-    step = QuadraticStep(sharpness, layout, start, advance, held=False)
+    step = QuadraticStep(sharpness, layout, start, start, advance, held=False)
     if optimizer_state is None:
         return step
     params, state = at_minimum(rate)
@@ -182,48 +184,9 @@ def quadratic_step(
 def hold(step: QuadraticStep, given: Memory) -> QuadraticStep:
     """The step whose every update ends in the given values, before it is linearised there."""
     # A learning rate in the state (inject_hyperparams) is not held: it is the one asked about.
-    ours = np.asarray(step.start(1.0)[0] == step.start(0.5)[0])
-    start = functools.partial(_start_held, step.start, step.advance, given, ours)
+    ours = np.asarray(step.fresh(1.0)[0] == step.fresh(0.5)[0])
+    start = functools.partial(_start_held, step.fresh, step.advance, given, ours)
     return step._replace(start=start, held=True)
-
-
-class WarmState(NamedTuple):
-    """What gradients of order 1 leave in a state.
-
-    Attributes:
-      memory: with its momenta at zero.
-      momenta: of each value, whether it is affine in the gradients and moves the parameter.
-      preconditioner: whether it depends on the gradients otherwise, as a second moment does.
-    """
-
-    memory: Memory
-    momenta: np.ndarray
-    preconditioner: np.ndarray
-
-
-def warm_up(step: QuadraticStep, rate: float) -> WarmState:
-    """Fills the state by gradients, their opposites and none; the parameter is kept at zero."""
-
-    def after(sign: float) -> Memory:
-        def update(k: int, memory: Memory) -> Memory:
-            vector, others = step.advance(rate, memory, sign * jnp.cos(1.0 + 2.0 * k))
-            return jnp.where(is_parameter, 0.0, vector), others
-
-        return jax.lax.fori_loop(0, _WARM_UP, update, step.start(rate))
-
-    is_parameter = np.array([name == "" for name in step.layout.names])
-    ends, others = jax.vmap(after)(jnp.array([1.0, 0.0, -1.0]))
-    others = [leaf[0] for leaf in others]
-    up, still, down = np.asarray(ends)
-    moved = up != still
-    middle = np.where(np.isfinite(still), 2.0 * still, 0.0)  # without gradients some divide by 0
-    affine = moved & np.isclose(up + down, middle, rtol=1e-9, atol=1e-9 * abs(up).max())
-    # One at a time: what does not move x must stay, others divide by it (Prodigy's grad_sum).
-    each = jnp.where(affine & ~np.eye(up.size, dtype=bool), 0.0, up)
-    moving = jax.vmap(lambda row: step.advance(rate, (row, others), 0.0)[0][0])(each) != 0.0
-    momenta = affine & np.asarray(moving)
-    memory = jnp.where(momenta, 0.0, up), others
-    return WarmState(memory, momenta, moved & ~affine & ~is_parameter)
 
 
 def _start_held(
@@ -327,6 +290,19 @@ def is_float(leaf: Any) -> bool:
 def _like(leaf: Any, reference: Any) -> jax.Array:
     leaf, dtype = jnp.asarray(leaf), jnp.asarray(reference).dtype
     return leaf if leaf.dtype == dtype else leaf.astype(dtype)
+
+
+def jit_over_rate(function: Callable[..., Any], *rest: Any) -> Callable[..., Any]:
+    """Compiled once if make_optimizer takes a traced learning rate, the first argument; else anew
+    for each rate.
+    """
+    traced, concrete = jax.jit(function), jax.jit(function, static_argnums=0)
+    try:
+        traced.lower(1.0, *rest)
+    except jax.errors.JAXTypeError:
+        concrete.lower(1.0, *rest)
+        return concrete
+    return traced
 
 
 def run_user_code(function: Callable[[], Any], extra_args: Mapping[str, Any] = {}) -> Any:

@@ -8,11 +8,14 @@ or schedules in its state is followed until it repeats.
 import math
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from asgd_jax.stability.quadratic_step import hold, warm_up
-from asgd_jax.stability.step_jacobian import PROBES, StepJacobian, Stretch
+from asgd_jax.stability.quadratic_step import Memory, QuadraticStep
+from asgd_jax.stability.step_jacobian import PROBES, RANDOM_DELAYS, StepJacobian, Stretch
 
+_WARM_UP = 16  # updates that fill a state
 _LARGEST_PROBE, _LARGEST_HELD_PROBE = 1e-3, 1e-6
 _NONLINEAR = 1e-4  # relative deviation that rounding does not explain
 _LONGEST_WAIT = 2**16  # updates in which bias corrections and warm-ups must fade
@@ -28,10 +31,10 @@ class PeriodicStep(NamedTuple):
     repeats: int
 
     def jacobians(self, rate: float) -> np.ndarray:
-        """Those of one period with respect to z, shape (T, num_alternatives, n, n)."""
+        """Those of one period, shape (T, num_alternatives, n, n + 1): the noise comes last."""
         starts = (self.start + k * self.jacobian.num_steps for k in range(self.repeats))
         stretches = [self.jacobian.run(rate, start, 0.0).jacobians for start in starts]
-        return np.concatenate(stretches)[..., :-1]
+        return np.concatenate(stretches)
 
 
 class _Fault(NamedTuple):
@@ -96,11 +99,11 @@ def _fault(jacobian: StepJacobian, rate: float, first: int) -> _Fault | None:
 def _remedy(jacobian: StepJacobian, rate: float, first: int, fault: _Fault) -> str:
     """What helps, tried before it is named."""
     step, names = jacobian.step, jacobian.step.layout.names
-    warm = warm_up(step, rate)
-    given = np.asarray(step.start(rate)[0])
+    warm = _warm_up(step, rate)
+    given = np.asarray(jacobian.start(rate)[0])
     if step.held and fault.drifts and (moving := _names(names, warm.momenta & (given != 0.0))):
         return f"set its momenta in optimizer_state= to zero, here {moving}"
-    trial = _fault(jacobian._replace(step=hold(step, warm.memory)), rate, first)
+    trial = _fault(jacobian.held_at(warm.memory), rate, first)
     if trial is not None and trial.drifts:
         return "leave out what adds noise"
     if trial is not None:
@@ -112,11 +115,51 @@ def _remedy(jacobian: StepJacobian, rate: float, first: int, fault: _Fault) -> s
     if not held:
         return "smaller ones do not; leave out the clipping, which is not active near a minimum"
     if step.held:
-        return f"its preconditioner in optimizer_state=, {held}, must not be zero"
+        zero = _names(names, ~warm.momenta & (given == 0.0) & np.asarray(warm.memory[0] != 0.0))
+        return f"{zero or held} in optimizer_state= must not be {'zero' if zero else 'so small'}"
     momenta = _names(names, warm.momenta)
     return f"pass optimizer_state=, a warmed-up state for one parameter, to hold {held} fixed" + (
         f", with {momenta} set to zero" if momenta else ""
     )
+
+
+class _WarmState(NamedTuple):
+    """What gradients of order 1 leave in a state.
+
+    Attributes:
+      memory: with its momenta at zero.
+      momenta: of each value, whether it is affine in the gradients and moves the parameter.
+      preconditioner: whether it depends on the gradients otherwise, as a second moment does.
+    """
+
+    memory: Memory
+    momenta: np.ndarray
+    preconditioner: np.ndarray
+
+
+def _warm_up(step: QuadraticStep, rate: float) -> _WarmState:
+    """Fills the state by gradients, their opposites and none; the parameter is kept at zero."""
+
+    def after(sign: float) -> Memory:
+        def update(k: int, memory: Memory) -> Memory:
+            vector, others = step.advance(rate, memory, sign * jnp.cos(1.0 + 2.0 * k))
+            return jnp.where(is_parameter, 0.0, vector), others
+
+        return jax.lax.fori_loop(0, _WARM_UP, update, step.fresh(rate))
+
+    is_parameter = np.array([name == "" for name in step.layout.names])
+    ends, others = jax.vmap(after)(jnp.array([1.0, 0.0, -1.0]))
+    others = [leaf[0] for leaf in others]
+    up, still, down = np.asarray(ends)
+    moved = up != still
+    middle = np.where(np.isfinite(still), 2.0 * still, 0.0)  # without gradients some divide by 0
+    affine = moved & np.isclose(up + down, middle, rtol=1e-9, atol=1e-9 * abs(up).max())
+    # One at a time: what does not move x must stay, others divide by it (Prodigy's grad_sum).
+    each = jnp.where(affine & ~np.eye(up.size, dtype=bool), 0.0, up)
+    moving = jax.vmap(lambda row: step.advance(rate, (row, others), 0.0)[0][0])(each) != 0.0
+    momenta = affine & np.asarray(moving)
+    memory = jnp.where(momenta, 0.0, up), others
+    return _WarmState(memory, momenta, moved & ~affine & ~is_parameter)
 
 
 def _names(names: list[str], which: np.ndarray) -> str:
@@ -152,8 +195,7 @@ def _periodic(
     raise ValueError(
         f"the train step still changes after {starts[-1]} updates, with no period of up to "
         f"{_MOST_REPEATS * num_steps}: give a schedule that ends, or at_update=, the update around "
-        "which to take it as constant; where the optimizer itself draws random delays, pass it "
-        "without them and the process as delay"
+        f"which to take it as constant; {RANDOM_DELAYS}"
     )
 
 

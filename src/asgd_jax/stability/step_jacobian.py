@@ -16,7 +16,9 @@ from asgd_jax.stability.quadratic_step import (
     Layout,
     Memory,
     QuadraticStep,
+    hold,
     is_float,
+    jit_over_rate,
     run_user_code,
 )
 
@@ -28,6 +30,9 @@ PROBES = np.array([1.0, -1.0, 1e-3])
 _TINY, _TINY_HELD, _RELATIVE = 1e-6, 1e-20, 1e-5
 _SHORTEST = 4  # updates a stretch: enough for the state to act on x, and x on the state
 _MOST_MEMORY = 2**30  # bytes of Jacobians
+RANDOM_DELAYS = (
+    "where the optimizer itself draws random delays, pass it without them and the process as delay"
+)
 _HORIZON = 2**13  # updates in which a counter that starts again must do so
 
 
@@ -59,8 +64,8 @@ class StepJacobian(NamedTuple):
       weights: probability of each alternative of an update, shape (num_alternatives,).
       noise: shape (num_steps,), the pattern of the probes.
       precision: relative precision of the coarsest floating-point number in the state.
-      compiled: `run` with the start of the step, and whether it is held, as arguments: so that
-        another start costs no compilation.
+      start: `step.start`, compiled.
+      compiled: `run` with that start and whether it is held as arguments.
     """
 
     step: QuadraticStep
@@ -68,14 +73,18 @@ class StepJacobian(NamedTuple):
     weights: np.ndarray
     noise: np.ndarray
     precision: float
+    start: Callable[[float], Memory]
     compiled: Callable[..., tuple[jax.Array, ...]]
+
+    def held_at(self, given: Memory) -> "StepJacobian":
+        """The same step with its state held; it need not be compiled again."""
+        held = hold(self.step, given)
+        return self._replace(step=held, start=jit_over_rate(held.start))
 
     def run(self, rate: float, first: int, probe: float) -> Stretch:
         """From update `first` on, with noise of up to `probe` in the probes."""
-        start = self.step.start(rate)
-        jacobians, deviations, drifts, hidden = map(
-            np.asarray, self.compiled(rate, first, probe, start, self.step.held)
-        )
+        found = self.compiled(rate, first, probe, self.start(rate), self.step.held)
+        jacobians, deviations, drifts, hidden = map(np.asarray, found)
         return Stretch(jacobians, deviations, bool(drifts.any()), bool(hidden.any()))
 
 
@@ -131,9 +140,9 @@ def step_jacobian(
     # Parameters and gradients have different units.
     tiny = np.array([_TINY if name else _TINY / step.sharpness for name in step.layout.names])
     tiny = np.append(tiny, _TINY)
-    start = step.start(1.0)
-    compiled = run_user_code(lambda: _first_that_lowers(stretch, start))
-    return StepJacobian(step, num_steps, used, noise, _precision(step.layout), compiled)
+    start = jit_over_rate(step.start)
+    compiled = run_user_code(lambda: jit_over_rate(stretch, 1, 0.0, start(1.0), False))
+    return StepJacobian(step, num_steps, used, noise, _precision(step.layout), start, compiled)
 
 
 def _differentiate(
@@ -205,21 +214,10 @@ def _period(count: np.ndarray) -> int:
         if (tail[period:] == tail[:-period]).all():
             return period
     raise ValueError(
-        f"a counter in the optimizer's state does not repeat in {count.size} updates: give shorter "
-        "periods of accumulation or synchronisation"
+        f"a counter in the optimizer's state does not repeat in {count.size} updates: accumulate "
+        f"or synchronise more often; {RANDOM_DELAYS}"
     )
 
 
 def _precision(layout: Layout) -> float:
     return max(float(jnp.finfo(leaf.dtype).eps) for leaf in layout.leaves if is_float(leaf))
-
-
-def _first_that_lowers(stretch: Callable[..., Any], start: Memory) -> Any:
-    """Compiled once if make_optimizer takes a traced learning rate, else for each rate."""
-    traced, concrete = jax.jit(stretch), jax.jit(stretch, static_argnums=0)
-    try:
-        traced.lower(1.0, 1, 0.0, start, False)
-    except jax.errors.JAXTypeError:
-        concrete.lower(1.0, 1, 0.0, start, False)
-        return concrete
-    return traced
