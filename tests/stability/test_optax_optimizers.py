@@ -31,7 +31,8 @@ def every_optimizer():
     for module in (optax, optax.contrib):
         for name in dir(module):
             function = getattr(module, name)
-            if not inspect.isfunction(function) or name.startswith(("scale_by", "_")):
+            is_function = inspect.isfunction(function) or type(function) is functools.partial
+            if not is_function or name.startswith(("scale_by", "_")):
                 continue
             if next(iter(inspect.signature(function).parameters), "").endswith("learning_rate"):
                 yield name, function
@@ -62,11 +63,11 @@ OPTIMIZERS = dict(every_optimizer()) | {
 THRESHOLDS = {
     "sgd": {},
     "optimistic_gradient_descent": {},
-    "adagrad": {},
+    "adagrad": {"num_updates": 300},  # before its accumulator fills up
     "polyak_sgd": {"extra_args": {"value": 1.0}},
-    "momo": {"extra_args": {"value": 1.0}},
+    "momo": {"extra_args": {"value": 1.0}, "num_updates": 4000},
     "reduce_on_plateau": {"extra_args": {"value": 1.0}},
-    "sophia": {"extra_args": {"obj_fn": lambda x: jnp.sum(x**2)}, "num_updates": 20_000},
+    "sophia": {"extra_args": {"obj_fn": lambda x: jnp.sum(x**2)}, "num_updates": 40_000},
     "schedule_free_sgd": {"at_update": 10_000, "num_updates": 20_000},
     "lookahead": {},
     "MultiSteps": {},
@@ -82,10 +83,11 @@ HELD = {
     "adadelta": "[1].e_g, [1].e_x",
     "adafactor": "[0].v",
     **dict.fromkeys(
-        "adam adamax adamaxw adamw nadam nadamw novograd radam yogi acprop adopt".split(),
+        "adam adamax adamaxw adamw nadam nadamw novograd radam yogi adopt".split(),
         "[0].nu; [0].mu",
     ),
     "adan": "[0].n; [0].m, [0].v, [0].g",
+    "acprop": "[0].nu",
     "amsgrad": "[0].nu, [0].nu_max; [0].mu",
     "optimistic_adam": "[0].nu; [0].mu, [1].previous_gradient",
     "optimistic_adam_v2": "[0].nu; [0].mu, [1].previous_gradient",
@@ -187,11 +189,11 @@ def warmed_up(optimizer, zero=ZERO):
     return state
 
 
-def run_held(optimizer, state, held, num_updates, delay=1):
+def run_held(optimizer, state, held, num_updates):
     """As `run`, but the values named in `held` start every update such that they end in it as they
     are in `state`: where an update multiplies a value, it starts higher.
     """
-    zero = jnp.zeros_like(jax.tree.leaves(state)[-1], shape=())
+    zero = jnp.zeros(())
     _, after = optimizer.update(zero, state, zero)
     ratio = jax.tree.map(lambda a, b: a / jnp.where(b == 0, 1, b) if b.size else a, state, after)
     kept = {
@@ -222,7 +224,6 @@ def test_the_remedy_works_and_its_threshold_is_true(name):
     optimizer = OPTIMIZERS[name]
     with jax.enable_x64(True):
         state = warmed_up(optimizer(0.1), jnp.zeros(()))
-        rate = None
         with pytest.raises(ValueError, match="without any gradient.*momenta") as error:
             max_rate(optimizer, 1, optimizer_state=state)
         moving = str(error.value).partition("here ")[2]
@@ -230,7 +231,7 @@ def test_the_remedy_works_and_its_threshold_is_true(name):
         state = set_leaves(state, momenta.split(", "), jnp.zeros_like)
         rate = max_rate(optimizer, 1, optimizer_state=state)
         below, above = (
-            run_held(optimizer(factor * rate), state, held.split(", "), 4000)[-50:].max()
+            run_held(optimizer(factor * rate), state, held.split(", "), 40_000)[-50:].max()
             for factor in (0.97, 1.03)
         )
     assert below < 1e-9 / 2

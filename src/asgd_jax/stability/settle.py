@@ -62,7 +62,8 @@ def settle(jacobian: StepJacobian, rate: float, at_update: int | None) -> Period
         if not jacobian.step.sharpness * abs(predicted).max() > 10.0:
             break
         rate /= 4.0
-    fault = _fault(jacobian, rate, first)
+    probe = _LARGEST_HELD_PROBE if jacobian.step.held else _LARGEST_PROBE
+    fault = _fault(jacobian, rate, first, probe)
     if fault is not None:
         raise ValueError(f"the optimizer {fault.reason}: {_remedy(jacobian, rate, first, fault)}")
     if at_update is not None:
@@ -71,12 +72,11 @@ def settle(jacobian: StepJacobian, rate: float, at_update: int | None) -> Period
     return _periodic(jacobian, rate, [first << k for k in range(0, octaves + 1, 2)], _SETTLED)
 
 
-def _fault(jacobian: StepJacobian, rate: float, first: int) -> _Fault | None:
-    """What is wrong unless finite noise acts as the Jacobian says."""
+def _fault(jacobian: StepJacobian, rate: float, first: int, probe: float) -> _Fault | None:
+    """What is wrong unless noise of up to `probe` acts as the Jacobian says."""
     predicted = _respond(jacobian, jacobian.run(rate, first, 0.0))
     if not np.isfinite(predicted).all():
         return _Fault("is not linear near a minimum (its Jacobian is not finite)")
-    probe = _LARGEST_HELD_PROBE if jacobian.step.held else _LARGEST_PROBE
     stretch = jacobian.run(rate, first, probe)
     if stretch.drifts:
         return _Fault("moves the parameter without any gradient", drifts=True)
@@ -103,15 +103,16 @@ def _remedy(jacobian: StepJacobian, rate: float, first: int, fault: _Fault) -> s
     given = np.asarray(jacobian.start(rate)[0])
     if step.held and fault.drifts and (moving := _names(names, warm.momenta & (given != 0.0))):
         return f"set its momenta in optimizer_state= to zero, here {moving}"
-    trial = _fault(jacobian.held_at(warm.memory), rate, first)
-    if trial is not None and trial.drifts:
+    held = _names(names, warm.preconditioner)
+    trial = jacobian.held_at(warm.memory) if held else jacobian
+    left = _fault(trial, rate, first, _LARGEST_HELD_PROBE)
+    if left is not None and left.drifts:
         return "leave out what adds noise"
-    if trial is not None:
+    if left is not None:
         return (
             "nor is it while its state is held (optimizer_state=), because it uses a sign, a norm "
             "or a ratio of gradients or parameters: leave that part out and ask about the rest"
         )
-    held = _names(names, warm.preconditioner)
     if not held:
         return "smaller ones do not; leave out the clipping, which is not active near a minimum"
     if step.held:
@@ -148,7 +149,7 @@ def _warm_up(step: QuadraticStep, rate: float) -> _WarmState:
         return jax.lax.fori_loop(0, _WARM_UP, update, step.fresh(rate))
 
     is_parameter = np.array([name == "" for name in step.layout.names])
-    ends, others = jax.vmap(after)(jnp.array([1.0, 0.0, -1.0]))
+    ends, others = jax.jit(jax.vmap(after))(jnp.array([1.0, 0.0, -1.0]))
     others = [leaf[0] for leaf in others]
     up, still, down = np.asarray(ends)
     moved = up != still
@@ -156,7 +157,8 @@ def _warm_up(step: QuadraticStep, rate: float) -> _WarmState:
     affine = moved & np.isclose(up + down, middle, rtol=1e-9, atol=1e-9 * abs(up).max())
     # One at a time: what does not move x must stay, others divide by it (Prodigy's grad_sum).
     each = jnp.where(affine & ~np.eye(up.size, dtype=bool), 0.0, up)
-    moving = jax.vmap(lambda row: step.advance(rate, (row, others), 0.0)[0][0])(each) != 0.0
+    new = jax.vmap(lambda row: step.advance(rate, (row, others), 0.0)[0])
+    moving = jax.jit(new)(each)[:, 0] != 0.0
     momenta = affine & np.asarray(moving)
     memory = jnp.where(momenta, 0.0, up), others
     return _WarmState(memory, momenta, moved & ~affine & ~is_parameter)
