@@ -234,7 +234,7 @@ def _log_radius(settled: PeriodicStep, rate: float) -> float:
 
 
 def _in_play(touches: np.ndarray) -> np.ndarray:
-    """Which values the noise excites and which act on x, at the start of a period.
+    """x, and the values that the noise excites and that act on x, at the start of a period.
 
     All others are left out, because their eigenvalues say nothing about x: averages that nobody
     reads, settings, slots about to be overwritten.
@@ -247,7 +247,7 @@ def _in_play(touches: np.ndarray) -> np.ndarray:
         for touch in touches[::-1]:
             acting = touch[:, :-1].T @ np.append(True, acting[1:])
         if np.array_equal(before, (excited, acting)):
-            return excited & acting
+            return np.append(True, (excited & acting)[1:])
 
 
 def _largest(eigenvalues: np.ndarray) -> float:
