@@ -222,6 +222,82 @@ def test_gradient_accumulation_has_its_own_period():
     assert found == pytest.approx(expected, 1e-7)
 
 
+@pytest.mark.parametrize(
+    ("make_optimizer", "delay", "expected"),
+    [
+        # Every gradient is taken four calls, which is one update, ago: sharpness x rate < 1.
+        (lambda rate: optax.MultiSteps(optax.sgd(rate), 4), 4, 0.5),
+        # Four updates ago: 2 sin(pi / 18).
+        (
+            lambda rate: optax.MultiSteps(asgd_jax.delayed(optax.sgd(rate), 4), 4),
+            0,
+            np.sin(np.pi / 18),
+        ),
+    ],
+)
+def test_delays_inside_and_outside_of_accumulation(make_optimizer, delay, expected):
+    assert max_rate(make_optimizer, delay, sharpness=2.0) == pytest.approx(expected, 1e-6)
+
+
+def test_long_accumulation_is_not_taken_for_rest():
+    """One gradient of a hundred is old: z^2 - (1 - .99 h) z + .01 h = 0, z = -1 at the edge."""
+    found = max_rate(lambda rate: optax.MultiSteps(optax.sgd(rate), 100), 1)
+    assert found == pytest.approx(2 / 0.98, 1e-6)
+
+
+def test_lookahead_without_delay():
+    """Over k updates the slow parameter becomes (1 + (1 - h)^k) / 2 of itself."""
+    found = max_rate(lambda rate: optax.lookahead(optax.sgd(rate), 5, 0.5), 0)
+    assert found == pytest.approx(1 + 3**0.2, 1e-7)
+
+
+def test_lookahead_with_delay():
+    """Period 4 of the synchronisation against a ring of 3."""
+    rate, delay, period, weight = 0.8, 2, 4, 0.3
+
+    def after_a_period(start):
+        *history, slow = start
+        for call in range(period):
+            fast = history[-1] - rate * history[-1 - delay]
+            if call == period - 1:
+                fast = slow = slow + weight * (fast - slow)
+            history = [*history[1:], fast]
+        return [*history, slow]
+
+    columns = np.array([after_a_period(start) for start in np.eye(delay + 2)]).T
+    expected = abs(np.linalg.eigvals(columns)).max() ** (1 / period)
+    found = radius(
+        lambda rate: optax.lookahead(optax.sgd(rate), period, weight), delay, learning_rate=rate
+    )
+    assert found == pytest.approx(expected, 1e-9)
+
+
+def test_what_sets_the_parameter_anew_is_followed():
+    """x = -rate sum of past gradients is SGD, though no update reads x."""
+
+    def update(updates, state, params):
+        total = state + updates
+        return -total - params, total
+
+    def make_optimizer(rate):
+        return optax.chain(optax.scale(rate), optax.GradientTransformation(jnp.zeros_like, update))
+
+    assert max_rate(make_optimizer, 2) == pytest.approx(stability.max_learning_rate(2), 1e-7)
+
+
+def test_extra_args_are_handed_to_every_update():
+    """At a loss that stays above its minimum polyak_sgd is SGD, and a plateau divides by four."""
+    polyak = max_rate(optax.polyak_sgd, 2, extra_args={"value": 0.5})
+    assert polyak == pytest.approx(stability.max_learning_rate(2), 1e-7)
+
+    def on_plateau(rate):
+        plateau = optax.contrib.reduce_on_plateau(min_scale=0.25)
+        return optax.chain(optax.sgd(rate), plateau)
+
+    found = radius(on_plateau, 2, learning_rate=1.2, extra_args={"value": 0.5})
+    assert found == pytest.approx(stability.spectral_radius(2, step=0.3), 1e-9)
+
+
 @pytest.mark.parametrize("delay", [0, 3])
 def test_adam_with_a_held_preconditioner(delay):
     """Damped heavy ball at the curvature a / (sqrt(nu) + eps)."""
@@ -239,11 +315,29 @@ def test_held_state_with_its_own_learning_rate():
     assert max_rate(rms, 1, optimizer_state=state) == pytest.approx(2.0, 1e-6)
     with pytest.raises(ValueError, match="another structure than the state of make_optimizer"):
         max_rate(optax.sgd, 1, optimizer_state=state)
-    with pytest.raises(ValueError, match=r"leaf of shape \(2,\), not \(\)"):
+    with pytest.raises(
+        ValueError, match=r"leaf of shape \(2,\), not \(\): .*init\(jnp.zeros\(\(\)\)\)"
+    ):
         max_rate(rms, 1, optimizer_state=rms(1.0).init(jnp.zeros(2)))
     moving = optax.tree.set(optax.sgd(1.0, 0.9).init(jnp.zeros(())), trace=jnp.ones(()))
-    with pytest.raises(ValueError, match="momenta in optimizer_state= to zero"):
+    with pytest.raises(ValueError, match=r"momenta in optimizer_state= to zero, here \[0\].trace$"):
         max_rate(undamped, 1, optimizer_state=moving)
+
+
+def test_a_preconditioner_of_zero_is_named():
+    state = optax.adam(1.0).init(jnp.zeros(()))
+    with pytest.raises(ValueError, match=r"\[0\].nu in optimizer_state= must not be zero$"):
+        max_rate(optax.adam, 1, optimizer_state=state)
+
+
+@pytest.mark.standard_promotion
+def test_sm3_with_a_held_accumulator():
+    """It needs an axis: damped heavy ball of 0.5 at the curvature 1 / sqrt(sum)."""
+    sm3 = functools.partial(optax.sm3, momentum=0.5)
+    first, *rest = sm3(1.0).init(jnp.zeros(1))
+    state = (first._replace(mu=[jnp.array([4.0])]), *rest)
+    expected = stability.max_learning_rate(2, sharpness=0.5, momentum=0.5)
+    assert max_rate(sm3, 2, optimizer_state=state) == pytest.approx(expected, 1e-6)
 
 
 def rectified(rate):
@@ -252,13 +346,10 @@ def rectified(rate):
     return optax.chain(update, optax.sgd(rate))
 
 
-@pytest.mark.parametrize(
-    "make_optimizer",
-    [optax.adam, optax.rmsprop, optax.sign_sgd, rectified],
-)
-def test_nonlinear_optimizers_are_refused(make_optimizer):
-    with pytest.raises(ValueError, match=r"not linear near a minimum.*optimizer_state="):
-        max_rate(make_optimizer, 1)
+def test_what_is_homogeneous_is_not_yet_linear():
+    """The refusals of optax's own optimizers are in test_optax_optimizers."""
+    with pytest.raises(ValueError, match=r"not linear near a minimum.*nor is it while its state"):
+        max_rate(rectified, 1)
 
 
 @pytest.mark.parametrize(
@@ -292,14 +383,36 @@ def test_nothing_global_changes():
 REFUSED = {
     "must be a function of the learning rate": (optax.sgd(0.1), 1, {}),
     "must return an optax optimizer, got 3": (lambda rate: 3, 1, {}),
-    "no attribute 'fast'|no attribute fast": (
-        lambda rate: optax.lookahead(optax.sgd(rate), 5, 0.5),
+    "needs 'value': pass extra_args=, a mapping": (optax.polyak_sgd, 1, {}),
+    "needs 'value', which a wrapper around it does not hand on": (
+        lambda rate: optax.MultiSteps(optax.polyak_sgd(rate), 2),
+        1,
+        {"extra_args": {"value": 1.0}},
+    ),
+    "extra_args must be a mapping of names .* got 3": (optax.sgd, 1, {"extra_args": 3}),
+    "extra_args must not hold 'grad'.*line search": (
+        optax.lbfgs,
+        1,
+        {"extra_args": {"grad": 0.0}},
+    ),
+    r"\(extra_args= hands it more\): obj_fn must be provided": (optax.contrib.sophia, 1, {}),
+    r"must not branch on values of its arguments \(TracerBoolConversionError\)": (
+        lambda rate: optax.stateless(lambda updates, params: updates if updates > 0 else -updates),
         1,
         {},
     ),
-    "keyword-only argument: 'value'": (optax.polyak_sgd, 1, {}),
-    "Attempted boolean conversion": (
-        lambda rate: optax.stateless(lambda updates, params: updates if updates > 0 else -updates),
+    r"cannot update one scalar parameter .*, it raises AttributeError$": (
+        lambda rate: optax.stateless(lambda updates, params: updates.missing),
+        1,
+        {},
+    ),
+    r"by 0\.\d+%\): pass optimizer_state=.* to hold \[0\].sum_of_squares fixed$": (
+        functools.partial(optax.adagrad, initial_accumulator_value=1e-3),
+        1,
+        {},
+    ),
+    r"does not repeat in 8192 updates: accumulate .* more often": (
+        lambda rate: optax.MultiSteps(optax.sgd(rate), 5000),
         1,
         {},
     ),
@@ -324,7 +437,12 @@ REFUSED = {
         {},
     ),
     "unstable at every learning rate": (lambda rate: optax.sgd(-rate), 1, {}),
-    "stable at every learning rate": (lambda rate: optax.set_to_zero(), 1, {}),
+    "the optimizer is stable at every learning rate": (lambda rate: optax.set_to_zero(), 1, {}),
+    "stable at every learning rate .* extra_args": (
+        optax.polyak_sgd,
+        1,
+        {"extra_args": {"value": 0.0}},
+    ),
     "lyapunov_exponent": (optax.sgd, delays.from_trace([0, 1, 2]), {}),
     "delay must be an integer >= 0, got -1": (optax.sgd, -1, {}),
     "sharpness must be a finite number > 0, got 0": (optax.sgd, 1, {"sharpness": 0}),

@@ -52,7 +52,7 @@ def as_delay(delay: Delay) -> int | np.ndarray:
     A mass function with a single atom is that constant delay.
 
     Raises:
-      ValueError: naming what is wrong with the delay; a recorded trace has no distribution.
+      ValueError: naming what is wrong with the delay; not every process has a distribution.
 
     >>> as_delay([0.0, 0.0, 1.0]), as_delay([0.5, 0.5])
     (2, array([0.5, 0.5]))
@@ -60,8 +60,9 @@ def as_delay(delay: Delay) -> int | np.ndarray:
     if isinstance(delay, DelayProcess):
         if delay.pmf is None:
             raise ValueError(
-                "this delay is a recorded trace, which has an order and no distribution: "
-                "use lyapunov_exponent, or pass the pmf of its entries"
+                "this delay is a process without a distribution (pmf=None: a recorded trace, or a "
+                "value that is only known when it runs): use lyapunov_exponent, which draws from "
+                "it, or pass the pmf of its values or, of a constant delay, the int"
             )
         delay = delay.pmf
     elif np.ndim(delay) == 0:

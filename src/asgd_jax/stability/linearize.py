@@ -8,13 +8,14 @@ Jacobians, has no eigenvalue outside the unit disc.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import optax
 import scipy.linalg
 from scipy.optimize import brentq
-from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import LinearOperator, eigs
 
 from asgd_jax.delays import as_integer
@@ -27,11 +28,13 @@ from asgd_jax.stability.arguments import (
     positive,
 )
 from asgd_jax.stability.quadratic_step import MakeOptimizer, float64, quadratic_step
-from asgd_jax.stability.step_jacobian import Minimum, find_minimum, step_jacobian
+from asgd_jax.stability.settle import PeriodicStep, settle
+from asgd_jax.stability.step_jacobian import step_jacobian
 
 _MARGIN = 1e-11  # growth a step that rounding of the eigenvalues can produce
 _STEPS_PER_OCTAVE = 4
 _MOST_OCTAVES = 60  # to either side of 1 / sharpness
+_NOT_CONSTANT = {"grad", "staleness", "stale_params"}
 _DENSE = 150  # largest map of second moments whose eigenvalues are all computed
 
 
@@ -41,6 +44,7 @@ def optimizer_max_learning_rate(
     *,
     sharpness: float = 1.0,
     optimizer_state: optax.OptState | None = None,
+    extra_args: Mapping[str, Any] = MappingProxyType({}),
     at_update: int | None = None,
     criterion: Criterion = "mean",
 ) -> float:
@@ -52,18 +56,27 @@ def optimizer_max_learning_rate(
     $$\rho(\eta) = \rho(J_{n+T} \cdots J_{n+1})^{1/T}, \qquad
       \eta_{max} = \sup \{\eta : \rho(\eta') \le 1 \text{ for all } \eta' \le \eta\},$$
 
-    where T is the period of the state (max_delay + 1 slots), and of all directions only those are
-    counted that x excites and that act back on x. With random staleness each $J_n$ is averaged over
-    it, which gives the growth of E[z]. The first crossing is bracketed on a grid of four rates an
-    octave and closed to about 1e-8 of it; a narrower window of instability would go unnoticed.
+    where T is the period of what the state counts (1 unless gradients are accumulated or the like),
+    and of all directions only those are counted that the gradient excites and that act on x. With
+    random staleness each $J_n$ is averaged over it, which gives the growth of E[z]. The first
+    crossing is bracketed on a grid of four rates an octave and closed to about 1e-8 of it; a
+    narrower window of instability would go unnoticed.
 
-    *Linear near a minimum* are SGD, every momentum, averaging, weight decay, clipping while it is
-    inactive (gradients of up to 1e-3 are tried), and their chains. Adam, RMSProp and sign methods
-    divide by the size of the gradient and are refused. What can be asked about them is how they
-    move while their preconditioner stands still: pass an `optimizer_state`. All its floating-point
-    values are held, so that every update ends in them, and the step is linearised there. For many
-    parameters, with D the preconditioner (for Adam diag(sqrt(nu) + eps)), the sharpness that counts
-    is the largest eigenvalue of $D^{-1/2} H D^{-1/2}$: pass that one, with a state of D = 1.
+    *Linear near a minimum* (which is at x = 0) are SGD, every momentum, averaging, `lookahead`,
+    weight decay, clipping while it is inactive (gradients of up to 1e-3 are tried), and their
+    chains. Adam, RMSProp and the like divide by the size of the gradient and are refused. What can
+    be asked about them is how they move while their preconditioner stands still: pass an
+    `optimizer_state`. All its floating-point values are held, so that every update ends in them,
+    and the step is linearised there. For many parameters, with D the preconditioner (for Adam
+    diag(sqrt(nu) + eps)), the sharpness that counts is the largest eigenvalue of
+    $D^{-1/2} H D^{-1/2}$: pass that one, with a state of D = 1. Adagrad is linear while its
+    accumulator is much larger than the squared gradients, and is then taken as `init` makes it.
+    Nothing of the kind helps methods that take a sign (sign_sgd, signum, lion, rprop), a trust
+    ratio (lars, lamb, fromage), a norm or a line search (lbfgs): they are not linear at all.
+
+    *Gradient accumulation.* `MultiSteps(sgd, 4)` with delay=4 counts the delay in calls, which is
+    one update: h < 1. `MultiSteps(delayed(sgd, 4), 4)`, with delay=0, counts it in updates, and has
+    the threshold of SGD at a delay of 4, h < 0.3473.
 
     Args:
       make_optimizer: `make_optimizer(learning_rate)` returns the *server's* optax optimizer, for
@@ -73,11 +86,15 @@ def optimizer_max_learning_rate(
         delays by itself (`delayed` with a constant delay, `delay_gradients`) is used as it is; it
         needs delay=0.
       delay: int >= 0; or a mass function of shape (max_delay + 1,), for staleness drawn afresh at
-        every update; or a DelayProcess with a pmf. A delay of 32 takes a second, 128 up to twenty.
+        every update; or a DelayProcess with a pmf. A delay of 128 takes two seconds.
       sharpness: largest eigenvalue of the Hessian, > 0.
-      optimizer_state: a state of `make_optimizer(...)` for one scalar parameter; None for the state
-        that `init` and updates with zero gradients give. Its momenta must be zero; a learning
-        rate in it (`inject_hyperparams`) is replaced by the one that is tried.
+      optimizer_state: a state of `make_optimizer(...)` for one scalar parameter (one of shape (1,)
+        for sm3); None for the state that `init` and updates with zero gradients give. Its momenta
+        must be zero; a learning rate in it (`inject_hyperparams`) is replaced by the one that is
+        tried.
+      extra_args: a mapping of keyword arguments that every `update` gets as they are: what does not
+        change near the minimum, for instance the loss there, {"value": 0.5}, for polyak_sgd, momo
+        or reduce_on_plateau, and {"obj_fn": lambda x: sharpness * x**2 / 2} for sophia.
       at_update: update around which schedules and bias corrections are read, if they change by
         less than 10 % in a period there; by default as many updates on as it takes them to settle
         (65,536 at most). Never before the start-up ramp is over.
@@ -88,9 +105,9 @@ def optimizer_max_learning_rate(
       The learning rate, a float: what `make_optimizer` is to be called with.
 
     Raises:
-      ValueError: naming the bad argument; for an optimizer that is not linear near a minimum, that
-        does not settle, needs more than (gradient, state, params), or has no threshold; for a
-        recorded trace, which has no distribution (see `lyapunov_max_learning_rate`).
+      ValueError: naming the bad argument; for an optimizer that is not linear near a minimum (with
+        what to hold, if it is linear then), that does not settle, needs `extra_args`, or has no
+        threshold; for a process without a distribution (see `lyapunov_max_learning_rate`).
 
     >>> round(optimizer_max_learning_rate(optax.sgd, 4), 6)
     0.347296
@@ -109,10 +126,17 @@ def optimizer_max_learning_rate(
     """
     sharpness = positive(sharpness, "sharpness")
     with float64():
-        minimum = _minimum(
-            make_optimizer, delay, sharpness, optimizer_state, at_update, criterion, 0.7 / sharpness
+        settled = _settled(
+            make_optimizer,
+            delay,
+            sharpness,
+            optimizer_state,
+            extra_args,
+            at_update,
+            criterion,
+            0.7 / sharpness,
         )
-        return _first_crossing(functools.partial(_log_radius, minimum), 1.0 / sharpness)
+        return _first_crossing(functools.partial(_log_radius, settled), 1.0 / sharpness)
 
 
 def optimizer_spectral_radius(
@@ -122,6 +146,7 @@ def optimizer_spectral_radius(
     learning_rate: float,
     sharpness: float = 1.0,
     optimizer_state: optax.OptState | None = None,
+    extra_args: Mapping[str, Any] = MappingProxyType({}),
     at_update: int | None = None,
     criterion: Criterion = "mean",
 ) -> float:
@@ -132,7 +157,7 @@ def optimizer_spectral_radius(
 
     Args:
       learning_rate: > 0.
-      make_optimizer, delay, sharpness, optimizer_state, at_update, criterion: as in
+      make_optimizer, delay, sharpness, optimizer_state, extra_args, at_update, criterion: as in
         `optimizer_max_learning_rate`.
 
     Returns:
@@ -148,47 +173,55 @@ def optimizer_spectral_radius(
     sharpness = positive(sharpness, "sharpness")
     rate = positive(learning_rate, "learning_rate")
     with float64():
-        minimum = _minimum(
-            make_optimizer, delay, sharpness, optimizer_state, at_update, criterion, rate
+        settled = _settled(
+            make_optimizer,
+            delay,
+            sharpness,
+            optimizer_state,
+            extra_args,
+            at_update,
+            criterion,
+            rate,
         )
-        return math.exp(_log_radius(minimum, rate))
+        return math.exp(_log_radius(settled, rate))
 
 
-def _minimum(
+def _settled(
     make_optimizer: MakeOptimizer,
     delay: Delay,
     sharpness: float,
     optimizer_state: optax.OptState | None,
+    extra_args: Mapping[str, Any],
     at_update: int | None,
     criterion: str,
     rate: float,
-) -> Minimum:
+) -> PeriodicStep:
     """Checks the arguments, and the optimizer at (or, if it explodes there, below) this rate."""
     choose(criterion, CRITERIA, "criterion")
     where = as_delay(delay)
     if at_update is not None:
         at_update = as_integer(at_update, "at_update")
-    step = quadratic_step(make_optimizer, where, sharpness, optimizer_state)
-    return find_minimum(
-        step_jacobian(step, where, average=criterion == "mean"),
-        rate,
-        sharpness=sharpness,
-        held=step.held,
-        at_update=at_update,
-    )
+    if not isinstance(extra_args, Mapping):
+        raise ValueError(
+            f"extra_args must be a mapping of names to arguments of update, got {extra_args!r}"
+        )
+    for name in _NOT_CONSTANT & extra_args.keys():
+        raise ValueError(
+            f"extra_args must not hold {name!r}, which differs from update to update: a line "
+            "search is not linear, and staleness and stale_params are handed on by themselves"
+        )
+    step = quadratic_step(make_optimizer, where, sharpness, optimizer_state, extra_args)
+    jacobian = step_jacobian(step, where, average=criterion == "mean")
+    return settle(jacobian, rate, at_update)
 
 
-def _log_radius(minimum: Minimum, rate: float) -> float:
+def _log_radius(settled: PeriodicStep, rate: float) -> float:
     """Logarithm of the growth in one step."""
-    steps, weights = minimum.jacobians(rate), minimum.step.weights
+    steps, weights = settled.jacobians(rate), settled.jacobian.weights
     if not np.isfinite(steps).all():
         return math.inf
-    # Averages that nobody reads, settings, slots about to be overwritten: what x does not excite,
-    # or what does not act back on x, is left out; its eigenvalues say nothing about x.
-    touches = (steps != 0.0).any(1).astype(np.float64)
-    reach = functools.reduce(lambda first, second: np.sign(second @ first), touches)
-    _, groups = connected_components(reach, connection="strong")
-    loop = np.flatnonzero(groups == groups[0])
+    loop = np.flatnonzero(_in_play((steps != 0.0).any(1)))
+    steps = steps[..., :-1]
     if weights.size > 1:
         radius = _second_moment_radius(steps, weights, loop) ** 0.5
     else:
@@ -198,6 +231,23 @@ def _log_radius(minimum: Minimum, rate: float) -> float:
             return math.inf
         radius = _largest(scipy.linalg.eigvals(period[np.ix_(loop, loop)]))
     return math.log(radius) / len(steps) if radius > 0.0 else -math.inf
+
+
+def _in_play(touches: np.ndarray) -> np.ndarray:
+    """x, and the values that the noise excites and that act on x, at the start of a period.
+
+    All others are left out, because their eigenvalues say nothing about x: averages that nobody
+    reads, settings, slots about to be overwritten.
+    """
+    excited, acting = np.zeros((2, touches.shape[1]), bool)
+    while True:
+        before = excited, acting
+        for touch in touches:
+            excited = touch @ np.append(excited, True)
+        for touch in touches[::-1]:
+            acting = touch[:, :-1].T @ np.append(True, acting[1:])
+        if np.array_equal(before, (excited, acting)):
+            return np.append(True, (excited & acting)[1:])
 
 
 def _largest(eigenvalues: np.ndarray) -> float:
@@ -238,7 +288,8 @@ def _first_crossing(log_radius: Callable[[float], float], middle: float) -> floa
         if top > 2.0**_MOST_OCTAVES * middle:
             raise ValueError(
                 f"the optimizer is stable at every learning rate up to {top:.0e}: does "
-                "make_optimizer use its argument, and is its schedule not at zero (at_update=)?"
+                "make_optimizer use its argument, and is its schedule not at zero (at_update=, "
+                "extra_args=)?"
             )
     bottom = top
     while not _proportional(excess(bottom), excess(bottom / 2.0)):

@@ -1,8 +1,7 @@
-r"""The Jacobians of an implemented train step at a minimum, and whether they describe it.
+r"""The Jacobians of an implemented train step at a minimum, and its response to finite noise.
 
 With z the parameter and all floating-point state, the update n maps z to $F_n(z, \xi)$, where
-$\xi$ is noise in the gradient. A function that is linear near the minimum agrees with its Jacobian
-for finite z and $\xi$ too, which is checked; and one with rings in its state is periodic in n.
+$\xi$ is noise in the gradient.
 """
 
 import math
@@ -17,20 +16,25 @@ from asgd_jax.stability.quadratic_step import (
     Layout,
     Memory,
     QuadraticStep,
+    hold,
     is_float,
+    jit_over_rate,
     run_user_code,
 )
+from asgd_jax.transforms.history import Ring
 
-# Noise in the gradient at which the step is tried, relative to the largest one: |g| is not linear.
-_PROBES = np.array([1.0, -1.0, 1e-3])
-_LARGEST_PROBE, _LARGEST_HELD_PROBE = 1e-3, 1e-6
-_NONLINEAR = 1e-4  # relative deviation that rounding does not explain
-_TINY, _RELATIVE = 1e-20, 1e-5  # differences around zero, and around anything else
+# Noise in the gradient (and displacement of x, times the sharpness) at which the step is tried,
+# relative to the largest one: |g| is not linear.
+PROBES = np.array([1.0, -1.0, 1e-3])
+# Differences around zero, and around anything else. Methods that divide by the squared gradient
+# stop where it is below the precision of a double; next to a held state 1e-6 may be large.
+_TINY, _TINY_HELD, _RELATIVE = 1e-6, 1e-20, 1e-5
 _SHORTEST = 4  # updates a stretch: enough for the state to act on x, and x on the state
 _MOST_MEMORY = 2**30  # bytes of Jacobians
-_LONGEST_WAIT = 2**16  # updates in which bias corrections and warm-ups must fade
-_SETTLED, _SETTLED_AT = 1e-9, 0.1  # relative change in a period; around an update that was named
-_MOST_REPEATS = 8  # stretches in a period: gradient accumulation has a period of its own
+RANDOM_DELAYS = (
+    "where the optimizer itself draws random delays, pass it without them and the process as delay"
+)
+_HORIZON = 2**13  # updates in which a counter that starts again must do so
 
 
 class Stretch(NamedTuple):
@@ -39,8 +43,8 @@ class Stretch(NamedTuple):
     Attributes:
       jacobians: float64, shape (num_steps, num_alternatives, n, n + 1): the derivatives of z' with
         respect to z, of which x is the first entry, and to the noise.
-      deviations: float64, shape (num_steps, 3): by how much x differs after each update when the
-        gradients carry the probes as noise; nothing is linearised here.
+      deviations: float64, shape (num_steps, 3): by how much x differs after each update when it
+        starts at the probes / a and the gradients carry them as noise; not linearised.
       drifts: whether x moves without noise, so that the state is not at rest.
       hidden: whether the noise also changes state that is not floating point.
     """
@@ -55,33 +59,35 @@ class StepJacobian(NamedTuple):
     """The linearised train step.
 
     Attributes:
-      num_steps: length of a stretch, a common multiple of the sizes of all rings in the state.
+      step: the train step.
+      num_steps: length of a stretch, a common multiple of the periods of all that repeats.
+      ramp: updates after which no gradient is younger than its delay says.
       weights: probability of each alternative of an update, shape (num_alternatives,).
-      run: `run(learning_rate, start, probe) -> Stretch`, from update `start` on, with noise of up
-        to `probe` in the probes.
       noise: shape (num_steps,), the pattern of the probes.
       precision: relative precision of the coarsest floating-point number in the state.
+      start: `step.start`, compiled.
+      compiled: `run` with that start and whether it is held as arguments.
     """
 
+    step: QuadraticStep
     num_steps: int
+    ramp: int
     weights: np.ndarray
-    run: Callable[[float, int, float], Stretch]
     noise: np.ndarray
     precision: float
+    start: Callable[[float], Memory]
+    compiled: Callable[..., tuple[jax.Array, ...]]
 
+    def held_at(self, given: Memory) -> "StepJacobian":
+        """The same step with its state held; it need not be compiled again."""
+        held = hold(self.step, given)
+        return self._replace(step=held, start=jit_over_rate(held.start))
 
-class Minimum(NamedTuple):
-    """A train step that repeats with the period of `repeats` stretches, from update `start` on."""
-
-    step: StepJacobian
-    start: int
-    repeats: int
-
-    def jacobians(self, rate: float) -> np.ndarray:
-        """Those of one period with respect to z, shape (T, num_alternatives, n, n)."""
-        starts = (self.start + k * self.step.num_steps for k in range(self.repeats))
-        stretches = [self.step.run(rate, start, 0.0).jacobians for start in starts]
-        return np.concatenate(stretches)[..., :-1]
+    def run(self, rate: float, first: int, probe: float) -> Stretch:
+        """From update `first` on, with noise of up to `probe` in the probes."""
+        found = self.compiled(rate, first, probe, self.start(rate), self.step.held)
+        jacobians, deviations, drifts, hidden = map(np.asarray, found)
+        return Stretch(jacobians, deviations, bool(drifts.any()), bool(hidden.any()))
 
 
 def step_jacobian(
@@ -101,10 +107,14 @@ def step_jacobian(
     if not isinstance(delay, int):
         choices = np.flatnonzero(delay).astype(np.int32)
         weights = delay[choices]
-    num_steps = _num_steps(step.layout, 1 if average else weights.size)
+    num_steps = _num_steps(step, 1 if average else weights.size)
+    longest = max((leaf.shape[0] for leaf in step.layout.leaves if leaf.shape), default=0)
+    ramp = 2 * num_steps * (longest + 1)
     noise = np.cos(1.0 + 2.0 * np.arange(num_steps))
 
-    def stretch(rate: Any, first: Any, probe: Any) -> tuple[jax.Array, ...]:
+    def stretch(
+        rate: Any, first: Any, probe: Any, start: Memory, held: Any
+    ) -> tuple[jax.Array, ...]:
         def alternatives(inputs: jax.Array, rest: list[jax.Array]) -> Memory:
             memory, kick = (inputs[:-1], rest), inputs[-1]
             if choices is None:
@@ -115,26 +125,30 @@ def step_jacobian(
 
         def advance(memory: Memory) -> Memory:
             vector, rest = step.advance(rate, memory, 0.0)
-            return (memory[0] if step.held else vector), rest
+            return jnp.where(held, memory[0], vector), rest
 
         def body(carry: Any, kick: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
             memory, deviations = carry
-            deviations, result = _differentiate(alternatives, memory, deviations, kick, used)
+            deviations, result = _differentiate(
+                alternatives, memory, deviations, kick, used, jnp.where(held, _TINY_HELD, tiny)
+            )
             return (advance(memory), deviations), result
 
-        memory = jax.lax.fori_loop(0, first, lambda _, m: advance(m), step.start(rate))
-        deviations = jnp.zeros((_PROBES.size, memory[0].size))
+        memory = jax.lax.fori_loop(0, first, lambda _, m: advance(m), start)
+        deviations = (
+            jnp.zeros((PROBES.size, memory[0].size)).at[:, 0].set(probe / step.sharpness * PROBES)
+        )
         return jax.lax.scan(body, (memory, deviations), probe * noise)[1]
 
     used = np.ones(1) if average else weights
-    traced, concrete = jax.jit(stretch), jax.jit(stretch, static_argnums=0)
-    compiled = run_user_code(lambda: _first_that_lowers(traced, concrete))
-
-    def run(rate: float, first: int, probe: float) -> Stretch:
-        jacobians, deviations, drifts, hidden = map(np.asarray, compiled(rate, first, probe))
-        return Stretch(jacobians, deviations, bool(drifts.any()), bool(hidden.any()))
-
-    return StepJacobian(num_steps, used, run, noise, _precision(step.layout))
+    # Parameters and gradients have different units.
+    tiny = np.array([_TINY if name else _TINY / step.sharpness for name in step.layout.names])
+    tiny = np.append(tiny, _TINY)
+    start = jit_over_rate(step.start)
+    compiled = run_user_code(lambda: jit_over_rate(stretch, 1, 0.0, start(1.0), False))
+    return StepJacobian(
+        step, num_steps, ramp, used, noise, _precision(step.layout), start, compiled
+    )
 
 
 def _differentiate(
@@ -143,6 +157,7 @@ def _differentiate(
     deviations: jax.Array,
     kick: jax.Array,
     weights: np.ndarray,
+    tiny: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """The next deviations, and the fields of a `Stretch` for this update.
 
@@ -152,9 +167,9 @@ def _differentiate(
     vector, rest = memory
     still = jnp.append(vector, 0.0)
     n = still.size
-    sizes = jnp.where(still == 0.0, _TINY, _RELATIVE * jnp.abs(still))
+    sizes = jnp.where(still == 0.0, tiny, _RELATIVE * jnp.abs(still))
     above, below = still + jnp.diag(sizes), still - jnp.diag(sizes)
-    probes = still + jnp.column_stack([deviations, kick * jnp.asarray(_PROBES)])
+    probes = still + jnp.column_stack([deviations, kick * jnp.asarray(PROBES)])
     # All of them in one call, because compiling the step is what takes time.
     inputs = jnp.concatenate([above, below, probes, still[None]])
     after, others = jax.vmap(lambda row: alternatives(row, rest))(inputs)
@@ -166,113 +181,17 @@ def _differentiate(
     return deviations, (jacobians, deviations[:, 0], drifts, hidden.any())
 
 
-def find_minimum(
-    step: StepJacobian, rate: float, *, sharpness: float, held: bool, at_update: int | None
-) -> Minimum:
-    """Checks that the step is linear, and waits until it is periodic.
-
-    Args:
-      step: the linearised train step.
-      rate: a learning rate to try. Where x explodes, a smaller one is taken, because the probes
-        would grow to gradients that may be clipped.
-      sharpness: of the quadratic.
-      held: whether floating-point state is held.
-      at_update: where to read the state, or None for wherever it settles.
-
-    Raises:
-      ValueError: when the step is not linear or does not settle.
-    """
-    first = max(2 * step.num_steps, at_update or 0)
-    for _ in range(300):
-        predicted = _respond(step, step.run(rate, first, 0.0))
-        if not sharpness * abs(predicted).max() > 10.0:
-            break
-        rate /= 4.0
-    _check_linear(step, rate, first, predicted, held)
-    if at_update is not None:
-        return _settle(step, rate, [first], _SETTLED_AT)
-    octaves = max(1, math.ceil(math.log2(_LONGEST_WAIT / first)))
-    return _settle(step, rate, [first << k for k in range(0, octaves + 1, 2)], _SETTLED)
-
-
-def _check_linear(
-    step: StepJacobian, rate: float, start: int, predicted: np.ndarray, held: bool
-) -> None:
-    """Raises unless finite noise acts as the Jacobian says."""
-    remedy = (
-        "its optimizer_state must keep the step smooth (no zero preconditioner)"
-        if held
-        else "pass optimizer_state=, a warmed-up state for a scalar parameter, to hold its "
-        "preconditioner fixed"
-    )
-    if not np.isfinite(predicted).all():
-        raise ValueError(
-            f"the optimizer is not linear near a minimum, its Jacobian is not finite: {remedy}"
-        )
-    probe = _LARGEST_HELD_PROBE if held else _LARGEST_PROBE
-    stretch = step.run(rate, start, probe)
-    if stretch.drifts:
-        raise ValueError(
-            "the optimizer moves the parameter without any gradient: leave out what adds noise, "
-            "and set momenta in optimizer_state= to zero, as in optax.tree.set(state, mu=...)"
-        )
-    if stretch.hidden:
-        raise ValueError(
-            "the optimizer keeps values in integers (a half-precision history, quantised state), "
-            "which have no Jacobian: use full precision here"
-        )
-    found = stretch.deviations / (probe * _PROBES)
-    error = abs(found - predicted[:, None]).max()
-    scale = max(abs(predicted).max(), abs(found).max())
-    if not error <= max(_NONLINEAR, 8.0 * step.precision) * scale:
-        raise ValueError(
-            f"the optimizer is not linear near a minimum: gradients of {probe:g} and less move the "
-            f"parameter otherwise than its Jacobian says, by {error / scale:.0%}; {remedy}"
-        )
-
-
-def _respond(step: StepJacobian, stretch: Stretch) -> np.ndarray:
-    """By how much unit noise changes x after each update, to first order."""
-    if not np.isfinite(stretch.jacobians).all():
-        return np.array([np.nan])
-    memory = np.zeros(stretch.jacobians.shape[2])
-    response = []
-    for jacobians, kick in zip(stretch.jacobians, step.noise, strict=True):
-        memory = step.weights @ (jacobians @ np.append(memory, kick))
-        response.append(memory[0])
-    return np.array(response)
-
-
-def _settle(step: StepJacobian, rate: float, starts: list[int], tolerance: float) -> Minimum:
-    """The first of the starts from which the step repeats with a period."""
-    for start in starts:
-        stretches: list[np.ndarray] = []
-        for repeats in range(1, _MOST_REPEATS + 1):
-            for k in range(len(stretches), 2 * repeats):
-                stretches.append(step.run(rate, start + k * step.num_steps, 0.0).jacobians)
-            pairs = zip(stretches[:-repeats], stretches[repeats:], strict=True)
-            if all(_close(a, b, tolerance) for a, b in pairs):
-                return Minimum(step, start, repeats)
-    raise ValueError(
-        f"the train step still changes after {starts[-1]} updates: give a schedule that ends, or "
-        "at_update=, the update around which to take it as constant; where the optimizer itself "
-        "draws random delays, pass it without them and the process as delay"
-    )
-
-
-def _close(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
-    """Entry by entry: parameters and momenta may have very different units."""
-    return bool((abs(a - b) <= tolerance * np.maximum(abs(a), abs(b))).all())
-
-
-def _num_steps(layout: Layout, num_alternatives: int) -> int:
-    """Updates after which every ring is back at its first slot.
+def _num_steps(step: QuadraticStep, num_alternatives: int) -> int:
+    """Updates after which every counter and every foreign ring is back at its start.
 
     The parameter is a scalar, so whatever has an axis in the state is a ring along it.
     """
-    floats = [leaf for leaf in layout.leaves if is_float(leaf)]
-    size = sum(math.prod(leaf.shape) for leaf in floats)
-    period = math.lcm(*{leaf.shape[0] for leaf in floats if leaf.shape} - {0})
+    size = sum(math.prod(leaf.shape) for leaf in step.layout.leaves if is_float(leaf))
+    tree = jax.tree.unflatten(step.layout.structure, step.layout.leaves)
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Ring))
+    others = [leaf for leaf in nodes if not isinstance(leaf, Ring) and is_float(leaf)]
+    rings = math.lcm(*{leaf.shape[0] for leaf in others if leaf.shape} - {0})
+    period = math.lcm(rings, *_counter_periods(step))
     num_steps = period * math.ceil(_SHORTEST / period)
     if 8 * num_steps * num_alternatives * size * (size + 1) > _MOST_MEMORY:
         raise ValueError(
@@ -282,15 +201,31 @@ def _num_steps(layout: Layout, num_alternatives: int) -> int:
     return num_steps
 
 
+def _counter_periods(step: QuadraticStep) -> set[int]:
+    """Periods of the counters that start again, as those of accumulation and lookahead do."""
+    if not step.layout.counters:
+        return set()
+
+    def body(memory: Memory, _: None) -> tuple[Memory, jax.Array]:
+        after = step.advance(rate, memory, 0.0)
+        return after, jnp.array([after[1][k].astype(int) for k in step.layout.counters])
+
+    rate = 1.0 / step.sharpness
+    scan = jax.jit(lambda memory: jax.lax.scan(body, memory, None, length=_HORIZON)[1])
+    counts = np.asarray(run_user_code(lambda: scan(step.start(rate))))
+    return {_period(count) for count in counts.T if (np.diff(count) < 0).any()}
+
+
+def _period(count: np.ndarray) -> int:
+    tail = count[count.size // 2 :]
+    for period in range(1, tail.size // 2):
+        if (tail[period:] == tail[:-period]).all():
+            return period
+    raise ValueError(
+        f"a counter in the optimizer's state does not repeat in {count.size} updates: accumulate "
+        f"or synchronise more often; {RANDOM_DELAYS}"
+    )
+
+
 def _precision(layout: Layout) -> float:
     return max(float(jnp.finfo(leaf.dtype).eps) for leaf in layout.leaves if is_float(leaf))
-
-
-def _first_that_lowers(traced: Any, concrete: Any) -> Any:
-    """`traced` if make_optimizer takes a traced learning rate: then one compilation is enough."""
-    try:
-        traced.lower(1.0, 1, 0.0)
-    except jax.errors.JAXTypeError:
-        concrete.lower(1.0, 1, 0.0)
-        return concrete
-    return traced
