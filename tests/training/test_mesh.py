@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from asgd_jax.training import set_up, train
-from asgd_jax.training.mesh import make_mesh
+from asgd_jax import data
+from asgd_jax.training import Batch, set_up, train
+from asgd_jax.training.mesh import batch_sharding, make_mesh, replicated
 from asgd_jax.training.metrics import read_rows
 from asgd_jax.training.setup import server_state
 
@@ -50,6 +51,56 @@ def test_eight_devices_follow_one(config, changes, tmp_path):
     alone = losses(config, tmp_path / "one")
     config.update(changes)
     np.testing.assert_allclose(losses(config, tmp_path / "eight"), alone, rtol=2e-4, atol=1e-5)
+
+
+def random_batch(plan, image_shape):
+    random = np.random.default_rng(0)
+    samples = (plan.workers_per_update, plan.worker_batch_size)
+    images = random.integers(0, 256, (*samples, *image_shape), dtype=np.uint8)
+    return Batch(images, random.integers(0, 10, samples, dtype=np.int32))
+
+
+def compiled_step(setup, batch):
+    """The train step as the feeds jit it, and its arguments where it wants them."""
+    whole, split = replicated(setup.mesh), batch_sharding(setup.mesh)
+    step = jax.jit(setup.train_step, in_shardings=(whole, split), out_shardings=(whole, whole))
+    arguments = jax.device_put((setup.state, batch), (whole, split))
+    return step.lower(*arguments).compile(), arguments
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"delay": 0},
+        {"delay": 1, "model": "digits_cnn"},
+        {"delay": 3, "model": "digits_cnn"},
+        {"delay": 1, "model": "mnist_cnn_bn", "conv_impl": "lax"},
+        {"delay": 1, "crops": True},
+    ],
+    ids=["ssgd", "partial_delay", "one_worker", "batch_norm", "crops"],
+)
+def test_each_of_four_devices_does_a_quarter_of_the_work(tiny_config, monkeypatch, changes):
+    """Floating-point operations of a device, no image on another one, and the same update."""
+    changes = dict(changes)
+    if changes.pop("crops", False):
+        tiny_config.augment = True
+        monkeypatch.setattr(data, "augmenter", lambda name: data.random_crop_flip)
+    if "model" in changes:
+        tiny_config.model_options = ConfigDict()
+    tiny_config.update(width=0.1, **changes)
+    steps = []
+    for num_devices in (1, 4):
+        tiny_config.num_devices = num_devices
+        setup = set_up(tiny_config)
+        batch = random_batch(setup.feed.plan, setup.feed.image_shape)
+        compiled, arguments = compiled_step(setup, batch)
+        steps.append((compiled.cost_analysis()["flops"], compiled(*arguments)))
+    (alone, one), (shared, four) = steps
+    assert alone / 4 <= shared <= alone / 4 * 1.2
+    for exchange in ("all-gather", "all-to-all", "collective-permute"):
+        assert f" {exchange}(" not in compiled.as_text()
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 
 
 def bytes_on_first_device(tree):

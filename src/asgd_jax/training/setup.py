@@ -48,9 +48,13 @@ class Program(NamedTuple):
 
 
 def build_program(
-    config: ConfigDict, plan: BatchPlan, num_classes: int, preprocess: Preprocess
+    config: ConfigDict,
+    plan: BatchPlan,
+    num_classes: int,
+    preprocess: Preprocess,
+    mesh: Mesh | None = None,
 ) -> Program:
-    """Returns delay, model, optimizer and train step of a configuration."""
+    """Returns delay, model, optimizer and train step of a configuration; `mesh` shares the step."""
     model = make_model(config, num_classes)
     process = optimizer.make_delay_process(config, plan.steps_per_epoch * config.epochs)
     tx = optimizer.make_optimizer(config, process, plan.steps_per_epoch)
@@ -62,6 +66,7 @@ def build_program(
         config.label_smoothing,
         chains=chains,
         axis_name=devices.AXIS if config.parallelism == "pmap" else None,
+        mesh=mesh if config.parallelism == "jit" else None,
     )
     return Program(process, model, tx, chains, train_step)
 
@@ -79,7 +84,7 @@ def set_up(config: ConfigDict) -> Setup:
     devices.check_divisible(config.worker_batch_size, mesh.size)
     streamed = config.dataset in streamed_feed.DATASETS
     feed = streamed_feed.open_streamed(config) if streamed else open_in_memory(config)
-    program = build_program(config, feed.plan, feed.num_classes, feed.preprocess)
+    program = build_program(config, feed.plan, feed.num_classes, feed.preprocess, mesh)
     state = init_state(
         program.model,
         program.tx,
