@@ -31,7 +31,12 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     try:
         if config.multihost:
-            initialize_processes(config.coordinator, config.num_processes, config.process_id)
+            initialize_processes(
+                config.coordinator,
+                config.num_processes,
+                config.process_id,
+                config.coordinator_timeout,
+            )
         if _PLAN.value:
             print(format_plan(config, plan_memory(config)))
             return

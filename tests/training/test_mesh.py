@@ -14,7 +14,12 @@ from ml_collections import ConfigDict
 
 from asgd_jax import data
 from asgd_jax.training import Batch, set_up, train
-from asgd_jax.training.mesh import batch_sharding, make_mesh, replicated
+from asgd_jax.training.mesh import (
+    batch_sharding,
+    initialize_processes,
+    make_mesh,
+    replicated,
+)
 from asgd_jax.training.metrics import read_rows
 from asgd_jax.training.setup import server_state
 
@@ -169,6 +174,38 @@ def test_processes_that_would_leave_devices_unused_are_refused(monkeypatch):
     assert make_mesh(8).size == make_mesh().size == 8
     with pytest.raises(ValueError, match=r"num_devices=4: the 2 processes .* num_devices=8"):
         make_mesh(4)
+
+
+def test_replicas_over_several_processes_are_refused(config, monkeypatch):
+    config.parallelism = "pmap"
+    config.num_devices = 8
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"parallelism='pmap' .* 2 processes: .*'jit'"):
+        set_up(config)
+
+
+def test_without_jit_a_run_is_refused(config):
+    with jax.disable_jit(), pytest.raises(ValueError, match="JAX_DISABLE_JIT is set"):
+        set_up(config)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "message"),
+    [
+        ("127.0.0.1:{port}", r"did not answer within coordinator_timeout=1 s \(.*refused\)"),
+        ("nowhere.invalid:{port}", r"did not answer within coordinator_timeout=1 s"),
+        ("127.0.0.1:99999", r"did not answer within coordinator_timeout=1 s"),
+        ("127.0.0.1", r"must be HOST:PORT"),
+    ],
+    ids=["nobody", "no_host", "no_port", "no_address"],
+)
+def test_a_coordinator_that_does_not_answer_is_one_line(coordinator, message):
+    with socket.socket() as free:  # bound and not listening: refuses every connection
+        free.bind(("127.0.0.1", 0))
+        coordinator = coordinator.format(port=free.getsockname()[1])
+        with pytest.raises(ValueError, match=f"^coordinator='{coordinator}' {message}") as caught:
+            initialize_processes(coordinator, 2, 1, timeout=1)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def start_processes(count, workdir, *arguments):

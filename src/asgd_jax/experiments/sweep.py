@@ -25,8 +25,7 @@ from asgd_jax.experiments.sweep_program import (
     put_samples,
     rows_of,
 )
-from asgd_jax.training import streamed_feed
-from asgd_jax.training.config import validate_config
+from asgd_jax.training.config import STREAMED, validate_config
 from asgd_jax.training.feed import load_dataset, plan_of
 from asgd_jax.training.optimizer import Values, effective_learning_rate, make_delay_process
 from asgd_jax.training.setup import make_model
@@ -120,7 +119,7 @@ def sweep(
     configs = [point_config(config, point) for point in points]
     table = open_table(Path(work), _fingerprint(config, initial, leave_loss))
     missing = [index for index, point in enumerate(points) if run_key(point) not in table.runs]
-    if config.dataset in streamed_feed.DATASETS:
+    if config.dataset in STREAMED:
         refuse_options(initial, leave_loss)
         blocks = train_each(configs, missing, Path(work) / "runs", progress=progress)
     else:
@@ -164,7 +163,7 @@ def point_config(config: ConfigDict, point: Point) -> ConfigDict:
             raise ValueError(f"points change {field!r}, which is no field of a configuration")
         changed[field] = value
     validate_config(changed)
-    if changed.dataset not in streamed_feed.DATASETS:
+    if changed.dataset not in STREAMED:
         for field, value in (("batch_stats", "recalibrate"), ("parallelism", "pmap")):
             if changed[field] == value:
                 raise ValueError(f"{field}={value!r} is not done in a sweep: use the default")

@@ -13,12 +13,13 @@ from asgd_jax import models
 from asgd_jax.data import BatchPlan
 from asgd_jax.delays import DelayProcess
 from asgd_jax.training import mesh as devices
-from asgd_jax.training import optimizer, streamed_feed
+from asgd_jax.training import optimizer
 from asgd_jax.training.batch_stats import BatchStatsChains, make_chains, recalibrate
-from asgd_jax.training.config import validate_config
+from asgd_jax.training.config import STREAMED, validate_config
 from asgd_jax.training.feed import Feed, open_in_memory
 from asgd_jax.training.state import PyTree, TrainState, init_state
 from asgd_jax.training.step import Preprocess, TrainStep, make_train_step
+from asgd_jax.training.streamed_feed import open_streamed
 
 
 class Setup(NamedTuple):
@@ -81,9 +82,13 @@ def set_up(config: ConfigDict) -> Setup:
     validate_config(config)
     make_model(config, num_classes=1)  # a bad name or option is refused before data is read
     mesh = devices.make_mesh(config.num_devices)
+    if config.parallelism == "pmap" and jax.process_count() > 1:
+        raise ValueError(
+            f"parallelism='pmap' is for the devices of one process and this run has "
+            f"{jax.process_count()} processes: use parallelism='jit'"
+        )
     devices.check_divisible(config.worker_batch_size, mesh.size)
-    streamed = config.dataset in streamed_feed.DATASETS
-    feed = streamed_feed.open_streamed(config) if streamed else open_in_memory(config)
+    feed = open_streamed(config) if config.dataset in STREAMED else open_in_memory(config)
     program = build_program(config, feed.plan, feed.num_classes, feed.preprocess, mesh)
     state = init_state(
         program.model,
