@@ -171,8 +171,8 @@ def small_stream(monkeypatch):
 
 # Changes under which the fields that depend on another one have something to say.
 WHOLE_RUN = {
-    "model": "mnist_cnn_bn", "width": 0.1, "conv_impl": "lax", "batch_stats": "recalibrate", "momentum": 0.5,
-    "weight_decay": 0.1, "decay_epochs": (1,), "warmup_epochs": 0.5,
+    "model": "mnist_cnn_bn", "width": 0.1, "conv_impl": "lax", "batch_stats": "recalibrate",
+    "momentum": 0.5, "weight_decay": 0.1, "decay_epochs": (1,), "warmup_epochs": 0.5,
 }  # fmt: skip
 DELAYS = (
     {"delay_distribution": "normal"},

@@ -31,7 +31,7 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     >>> dict(make_mesh(1).shape)
     {'batch': 1}
     """
-    if jax.config.jax_disable_jit:
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
         raise ValueError(
             "JAX_DISABLE_JIT is set and a run is compiled as a whole: unset it, or debug "
             "`make_train_step`, which is a plain function"
