@@ -103,7 +103,12 @@ def _run(command: Command) -> None:
 
     config, workdir = command
     if config.multihost:
-        initialize_processes(config.coordinator, config.num_processes, config.process_id)
+        initialize_processes(
+            config.coordinator,
+            config.num_processes,
+            config.process_id,
+            config.coordinator_timeout,
+        )
     if workdir is None:
         print(format_plan(config, plan_memory(config)))
         return

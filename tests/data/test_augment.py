@@ -28,11 +28,19 @@ def _images(dtype, shape=(64, 12, 10, 3)) -> np.ndarray:
 @pytest.mark.parametrize("flip", [True, False])
 def test_equals_cutting_one_by_one(dtype, padding, flip):
     images, key = _images(dtype), jax.random.key(7)
-    crops = draw_crops(key, len(images), padding=padding, flip=flip)
+    crops = draw_crops(key, images.shape[:1], padding=padding, flip=flip)
     got = jax.jit(lambda k, x: data.random_crop_flip(k, x, padding=padding, flip=flip))(key, images)
     assert got.dtype == dtype
     np.testing.assert_array_equal(got, plain_crops(images, crops, padding))
     np.testing.assert_array_equal(got, apply_crops(jnp.asarray(images), crops, padding=padding))
+
+
+def test_how_images_are_arranged_changes_no_draw():
+    images, key = _images(np.uint8), jax.random.key(3)
+    rows = images.reshape(4, 16, *images.shape[1:])
+    np.testing.assert_array_equal(
+        data.random_crop_flip(key, rows).reshape(images.shape), data.random_crop_flip(key, images)
+    )
 
 
 def test_works_inside_a_scan_and_under_strict_promotion():
@@ -44,7 +52,7 @@ def test_works_inside_a_scan_and_under_strict_promotion():
 
 
 def test_offsets_are_uniform_and_flips_fair():
-    rows, columns, mirrored = draw_crops(jax.random.key(0), 9000)
+    rows, columns, mirrored = draw_crops(jax.random.key(0), (9000,))
     for offsets in (rows, columns):
         counts = np.bincount(offsets, minlength=9)
         assert counts.size == 9

@@ -194,6 +194,7 @@ def test_whole_numbers_only(value):
         (lambda: delays.from_trace([[1, 2]]), r"trace .*, got shape \(1, 2\)"),
         (lambda: delays.from_trace([1.0, 2.0]), "trace must hold integers, got dtype float64"),
         (lambda: delays.from_trace([True, False]), "trace must hold integers, got dtype bool"),
+        (lambda: delays.from_trace([0, 2**31]), r"trace\[1\] is 2147483648: .* below 2\*\*31"),
         (lambda: delays.from_trace([0, -2, 1]), r"trace\[1\] is -2: staleness must be >= 0"),
         (
             lambda: delays.from_trace([0, 3, 1], max_delay=2),

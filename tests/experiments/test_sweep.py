@@ -173,8 +173,9 @@ def test_runs_leave_from_given_parameters():
 @pytest.mark.realdata
 def test_streamed_data_is_trained_run_by_run(tmp_path):
     config = small_config(
-        dataset="imagenet2012", image_size=32, num_train=None, worker_batch_size=100, epochs=1
-    )
+        dataset="imagenet2012", image_size=32, num_train=None, num_validation=None,
+        worker_batch_size=100, epochs=1,
+    )  # fmt: skip
     points = [{"delay": 3, "learning_rate": rate} for rate in (1e-3, 1e6)]
     records = sweep(config, points, work=tmp_path)
     assert [record["learning_rate"] for record in records] == [0.001, 1_000_000]

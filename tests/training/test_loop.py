@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from asgd_jax import data
-from asgd_jax.training import Batch, set_up, train
+from asgd_jax.training import Batch, default_config, set_up, train
 from asgd_jax.training.chunk import NOT_DIVERGED, make_run_chunk
+from asgd_jax.training.loop import _sharpest_stable_minimum
 from asgd_jax.training.metrics import COLUMNS, read_rows
+from asgd_jax.training.optimizer import make_delay_process
 
 
 def test_a_run_leaves_config_metrics_events_and_summary(tiny_config, tmp_path):
@@ -62,6 +64,40 @@ def test_the_last_row_is_true_of_the_whole_validation_set(tiny_config, tmp_path)
     for epoch, row in enumerate(rows):
         mean = np.mean(losses[epoch * per_epoch : (epoch + 1) * per_epoch])
         assert row["train_loss"] == pytest.approx(mean, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adam"},
+        {"momentum": 0.9, "momentum_kind": "nesterov"},
+        {"delay": 3, "delay_distribution": "workers"},
+        {"weight_decay": 1e-4},
+        {"clip_norm": 1.0},
+        {"warmup_epochs": 0.5},
+        {"decay_epochs": (1,)},
+    ],
+    ids=lambda changes: list(changes)[-1],
+)
+def test_no_sharpest_minimum_is_claimed_without_an_exact_formula(changes):
+    config = default_config()
+    config.update(changes)
+    field = list(changes)[-1]
+    found = _sharpest_stable_minimum(config, make_delay_process(config, 8))
+    assert found == {
+        "sharpest_stable_minimum": None,
+        "why_no_stable_minimum": f"no exact formula with {field}={changes[field]!r}",
+    }
+
+
+def test_the_sharpest_minimum_of_plain_delayed_sgd_is_the_closed_form():
+    config = default_config()
+    config.update(delay=3, learning_rate=0.2)
+    for momentum_kind in ("heavy_ball", "nesterov"):  # without momentum, one and the same
+        config.momentum_kind = momentum_kind
+        found = _sharpest_stable_minimum(config, make_delay_process(config, 8))
+        expected = 2 * math.sin(math.pi / (2 * (2 * 3 + 1))) / 0.2
+        assert found == {"sharpest_stable_minimum": pytest.approx(expected, rel=1e-9)}
 
 
 def test_divergence_is_recorded_and_ends_the_run(tiny_config, tmp_path):

@@ -12,8 +12,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from asgd_jax.training import set_up, train
-from asgd_jax.training.mesh import make_mesh
+from asgd_jax import data
+from asgd_jax.training import Batch, set_up, train
+from asgd_jax.training.mesh import (
+    batch_sharding,
+    initialize_processes,
+    make_mesh,
+    replicated,
+)
 from asgd_jax.training.metrics import read_rows
 from asgd_jax.training.setup import server_state
 
@@ -50,6 +56,56 @@ def test_eight_devices_follow_one(config, changes, tmp_path):
     alone = losses(config, tmp_path / "one")
     config.update(changes)
     np.testing.assert_allclose(losses(config, tmp_path / "eight"), alone, rtol=2e-4, atol=1e-5)
+
+
+def random_batch(plan, image_shape):
+    random = np.random.default_rng(0)
+    samples = (plan.workers_per_update, plan.worker_batch_size)
+    images = random.integers(0, 256, (*samples, *image_shape), dtype=np.uint8)
+    return Batch(images, random.integers(0, 10, samples, dtype=np.int32))
+
+
+def compiled_step(setup, batch):
+    """The train step as the feeds jit it, and its arguments where it wants them."""
+    whole, split = replicated(setup.mesh), batch_sharding(setup.mesh)
+    step = jax.jit(setup.train_step, in_shardings=(whole, split), out_shardings=(whole, whole))
+    arguments = jax.device_put((setup.state, batch), (whole, split))
+    return step.lower(*arguments).compile(), arguments
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"delay": 0},
+        {"delay": 1, "model": "digits_cnn"},
+        {"delay": 3, "model": "digits_cnn"},
+        {"delay": 1, "model": "mnist_cnn_bn", "conv_impl": "lax"},
+        {"delay": 1, "crops": True},
+    ],
+    ids=["ssgd", "partial_delay", "one_worker", "batch_norm", "crops"],
+)
+def test_each_of_four_devices_does_a_quarter_of_the_work(tiny_config, monkeypatch, changes):
+    """Floating-point operations of a device, no image on another one, and the same update."""
+    changes = dict(changes)
+    if changes.pop("crops", False):
+        tiny_config.augment = True
+        monkeypatch.setattr(data, "augmenter", lambda name: data.random_crop_flip)
+    if "model" in changes:
+        tiny_config.model_options = ConfigDict()
+    tiny_config.update(width=0.1, **changes)
+    steps = []
+    for num_devices in (1, 4):
+        tiny_config.num_devices = num_devices
+        setup = set_up(tiny_config)
+        batch = random_batch(setup.feed.plan, setup.feed.image_shape)
+        compiled, arguments = compiled_step(setup, batch)
+        steps.append((compiled.cost_analysis()["flops"], compiled(*arguments)))
+    (alone, one), (shared, four) = steps
+    assert alone / 4 <= shared <= alone / 4 * 1.2
+    for exchange in ("all-gather", "all-to-all", "collective-permute"):
+        assert f" {exchange}(" not in compiled.as_text()
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
 
 
 def bytes_on_first_device(tree):
@@ -118,6 +174,38 @@ def test_processes_that_would_leave_devices_unused_are_refused(monkeypatch):
     assert make_mesh(8).size == make_mesh().size == 8
     with pytest.raises(ValueError, match=r"num_devices=4: the 2 processes .* num_devices=8"):
         make_mesh(4)
+
+
+def test_replicas_over_several_processes_are_refused(config, monkeypatch):
+    config.parallelism = "pmap"
+    config.num_devices = 8
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"parallelism='pmap' .* 2 processes: .*'jit'"):
+        set_up(config)
+
+
+def test_without_jit_a_run_is_refused(config):
+    with jax.disable_jit(), pytest.raises(ValueError, match="JAX_DISABLE_JIT is set"):
+        set_up(config)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "message"),
+    [
+        ("127.0.0.1:{port}", r"did not answer within coordinator_timeout=1 s \(.*refused\)"),
+        ("nowhere.invalid:{port}", r"did not answer within coordinator_timeout=1 s"),
+        ("127.0.0.1:99999", r"did not answer within coordinator_timeout=1 s"),
+        ("127.0.0.1", r"must be HOST:PORT"),
+    ],
+    ids=["nobody", "no_host", "no_port", "no_address"],
+)
+def test_a_coordinator_that_does_not_answer_is_one_line(coordinator, message):
+    with socket.socket() as free:  # bound and not listening: refuses every connection
+        free.bind(("127.0.0.1", 0))
+        coordinator = coordinator.format(port=free.getsockname()[1])
+        with pytest.raises(ValueError, match=f"^coordinator='{coordinator}' {message}") as caught:
+            initialize_processes(coordinator, 2, 1, timeout=1)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def start_processes(count, workdir, *arguments):

@@ -1,5 +1,6 @@
 """Learning-rate rules, regimes, delay processes and momentum arms from a configuration."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -8,6 +9,7 @@ import pytest
 from asgd_jax.delays import simulate_workers
 from asgd_jax.training import default_config
 from asgd_jax.training.optimizer import (
+    count_clipped,
     effective_learning_rate,
     kernel_mask,
     make_delay_process,
@@ -59,9 +61,57 @@ def test_delay_distributions_have_the_mean_of_the_configured_delay(tmp_path):
     np.savetxt(tmp_path / "trace.txt", expected, fmt="%d")
     for file in ("trace.npy", "trace.txt"):
         replay = make_delay_process(
-            config_with(delay_distribution="trace", delay_trace=str(tmp_path / file)), 50
+            config_with(delay=3, delay_distribution="trace", delay_trace=str(tmp_path / file)), 50
         )
         assert int(replay.sample(None, 17)) == expected[17]
+
+
+@pytest.mark.parametrize(("schedule", "limit"), [("random", 28), ("normal", 8)])
+def test_simulated_workers_have_one_history_and_one_past_however_long_the_run(schedule, limit):
+    config = config_with(delay=3, delay_distribution="workers", worker_schedule=schedule, seed=1)
+    short, long = (make_delay_process(config, num_updates) for num_updates in (39, 20_000))
+    assert short.max_delay == long.max_delay == limit
+    assert [int(short.sample(None, t)) for t in range(39)] == [
+        int(long.sample(None, t)) for t in range(39)
+    ]
+    staleness = simulate_workers(4, 20_000, schedule=schedule, seed=config.seed)
+    replayed = jax.vmap(long.sample, (None, 0))(None, jnp.arange(20_000))
+    np.testing.assert_array_equal(replayed, np.minimum(staleness, limit))
+    clipped = count_clipped(config, 20_000)
+    assert 0 < clipped == np.sum(staleness > limit) < 20_000 / 1000
+    assert count_clipped(config_with(delay=3), 20_000) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "delay", "message"),
+    [
+        ("3\n", 0, r"mean staleness of 3 and delay=0, .*: set delay=3"),
+        ("9 9 9\n", 3, r"mean staleness of 9 and delay=3, .*: set delay=9"),
+        ("0 2147483648 1\n", 1, r"trace\[1\] is 2147483648: staleness must be below 2\*\*31"),
+        ("99999999999999999999\n", 1, r"cannot be read"),
+        ("", 1, r"non-empty vector of integers, got shape \(0,\)"),
+        ("1 -1\n", 1, r"trace\[1\] is -1: staleness must be >= 0"),
+    ],
+    ids=["no_delay", "other_delay", "too_large", "no_int64", "empty", "negative"],
+)
+def test_a_trace_that_is_none_of_this_run_is_refused(content, delay, message, tmp_path):
+    file = tmp_path / "trace.txt"
+    file.write_text(content)
+    config = config_with(delay=delay, delay_distribution="trace", delay_trace=str(file))
+    with pytest.raises(ValueError, match=f"^delay_trace='{file}'.*{message}") as caught:
+        make_delay_process(config, 50)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_trace_of_one_line_is_one_staleness(tmp_path):
+    file = tmp_path / "trace.txt"
+    file.write_text("3\n")
+    config = config_with(delay=3, delay_distribution="trace", delay_trace=str(file))
+    assert make_delay_process(config, 50).max_delay == 3
+    (tmp_path / "empty.npy").touch()
+    config.delay_trace = str(tmp_path / "empty.npy")
+    with pytest.raises(ValueError, match=r"empty.npy' cannot be read \(No data left"):
+        make_delay_process(config, 50)
 
 
 def test_momentum_arms_are_their_recursions():

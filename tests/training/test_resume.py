@@ -304,6 +304,25 @@ def test_more_epochs_go_on_and_a_finished_run_is_not_repeated(tiny_config, tmp_p
         run(tiny_config, tmp_path / "parts")
 
 
+def test_a_run_of_simulated_workers_can_be_extended(tiny_config, tmp_path):
+    tiny_config.update(delay=3, delay_distribution="workers", epochs=3)
+    whole = run(tiny_config, tmp_path / "whole")
+    tiny_config.epochs = 1
+    run(tiny_config, tmp_path / "parts")
+    tiny_config.epochs = 3
+    run(tiny_config, tmp_path / "parts")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    assert whole["staleness"]["num_clipped"] == 0
+
+
+def test_a_pmapped_run_resumed_on_other_devices_is_told_so(tiny_config, tmp_path):
+    tiny_config.update(parallelism="pmap", num_devices=2, epochs=1)
+    run(tiny_config, tmp_path)
+    tiny_config.update(num_devices=4, epochs=2)
+    with pytest.raises(ValueError, match=r"has num_devices=2 .* num_devices=4: .*num_devices=2$"):
+        run(tiny_config, tmp_path)
+
+
 def copy_run(unstopped, workdir, **changes):
     """A copy of a finished run, and its configuration."""
     shutil.copytree(unstopped, workdir)

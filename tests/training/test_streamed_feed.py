@@ -1,15 +1,20 @@
 """The loop over a stream: it runs ahead of the check, and stops where a plain loop would."""
 
+import contextlib
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from asgd_jax import data
-from asgd_jax.training import Batch, set_up
+from asgd_jax.training import Batch, default_config, loop, set_up, setup, train
 from asgd_jax.training.chunk import NOT_DIVERGED, add_step, zero_totals
+from asgd_jax.training.config import validate_config
+from asgd_jax.training.optimizer import make_delay_process
 from asgd_jax.training.streamed_feed import _make_advance, _make_step
 
 DELAY = 3
@@ -115,3 +120,129 @@ def test_the_check_copies_no_ring(tiny_config, kind):
     lines = [line for line in compiled.as_text().splitlines() if "= f32[4,64,8]" in line]
     assert lines
     assert not [line for line in lines if " copy(" in line or " select(" in line]
+
+
+class Reads(ConfigDict):
+    """A configuration that notes which of its fields are looked at one by one."""
+
+    def __init__(self, *arguments, **options):
+        object.__setattr__(self, "noted", set())
+        super().__init__(*arguments, **options)
+
+    def __getitem__(self, key):
+        self.noted.add(key)
+        return super().__getitem__(key)
+
+    @contextlib.contextmanager
+    def unnoted(self):
+        before = set(self.noted)
+        yield
+        self.noted.intersection_update(before)
+
+    def to_dict(self, *arguments, **options):
+        with self.unnoted():
+            return super().to_dict(*arguments, **options)
+
+
+@pytest.fixture
+def small_stream(monkeypatch):
+    """ImageNet's stream without its images: 32 of 8x8x3 to train on, 16 to validate."""
+    random = np.random.default_rng(0)
+    asked = []
+
+    def batches(*, batch_size, image_size, labels):
+        images = random.integers(0, 256, (batch_size, image_size, image_size, 3), dtype=np.uint8)
+        return images, np.resize(np.arange(labels, dtype=np.int32), batch_size)
+
+    def train_batches(data_dir, *, batch_size, seed, start_step, image_size, **_):
+        while True:
+            yield batches(batch_size=batch_size, image_size=image_size, labels=4)
+
+    def validation_batches(data_dir, *, batch_size, image_size, process_count, **_):
+        asked.append(batch_size)
+        batch = batches(batch_size=batch_size // process_count, image_size=image_size, labels=4)
+        yield *batch, np.ones(len(batch[1]), np.float32)
+
+    monkeypatch.setattr(data, "stream_sizes", lambda data_dir, name: data.StreamSizes(32, 16, 4))
+    monkeypatch.setattr(data, "train_batches", train_batches)
+    monkeypatch.setattr(data, "validation_batches", validation_batches)
+    return asked
+
+
+# Changes under which the fields that depend on another one have something to say.
+WHOLE_RUN = {
+    "model": "mnist_cnn_bn", "width": 0.1, "conv_impl": "lax", "batch_stats": "recalibrate",
+    "momentum": 0.5, "weight_decay": 0.1, "decay_epochs": (1,), "warmup_epochs": 0.5,
+}  # fmt: skip
+DELAYS = (
+    {"delay_distribution": "normal"},
+    {"delay_distribution": "workers"},
+    {"delay_distribution": "trace", "delay_trace": "trace.npy"},
+)
+LAUNCHER = {"multihost", "coordinator", "coordinator_timeout", "num_processes", "process_id"}
+
+
+def changed_value(value):
+    """Another value of a field's kind."""
+    if isinstance(value, bool):
+        return not value
+    return "half" if isinstance(value, str) else 7 if value is None else value + 1
+
+
+@pytest.mark.parametrize("dataset", ["imagenet2012", "digits"])
+def test_every_field_is_heeded_or_refused(dataset, small_stream, monkeypatch, tmp_path):
+    """A field that nothing reads, while a run is made and trains, must not be there to be set."""
+    np.save(tmp_path / "trace.npy", np.ones(8, int))
+    monkeypatch.chdir(tmp_path)
+    config = Reads(default_config())
+    config.update(
+        dataset=dataset, num_workers=2, worker_batch_size=8, eval_batch_size=16, epochs=2,
+        num_devices=1, recalibration_batches=1, **WHOLE_RUN,
+    )  # fmt: skip
+    if dataset == "imagenet2012":
+        config.image_size = 8
+
+    def check(config):  # reading in order to check is not heeding
+        with config.unnoted():
+            validate_config(config)
+
+    for module in (loop, setup):
+        monkeypatch.setattr(module, "validate_config", check)
+    config.noted.clear()
+    train(config, tmp_path / "run", progress=False)
+    for changes in DELAYS:
+        config.update(delay=1, **changes)
+        make_delay_process(config, 8)
+    read = config.noted | LAUNCHER  # which scripts/train.py reads
+    unread = set(default_config()) - read
+    assert unread == (
+        {"normalize", "num_train", "num_validation", "augment"}
+        if dataset == "imagenet2012"
+        else {"image_size"}
+    )
+    for field in unread:
+        config = default_config()
+        config.dataset = dataset
+        config[field] = changed_value(config[field])
+        with pytest.raises(
+            ValueError, match=rf"^{field}=.* has no meaning for dataset='{dataset}'"
+        ):
+            validate_config(config)
+
+
+def test_evaluation_takes_no_more_at_once_than_it_was_asked_for(small_stream, monkeypatch):
+    """Rounded up to the devices, which are those of all processes already."""
+    config = default_config()
+    config.update(
+        dataset="imagenet2012", image_size=8, model="mlp", num_workers=1, worker_batch_size=8,
+        eval_batch_size=9, num_devices=8,
+    )  # fmt: skip
+    setup = set_up(config)
+    evaluate = setup.feed.make_evaluate(setup.model, setup.mesh)
+    assert math.isfinite(evaluate(setup.state.params, {})[0])
+    assert small_stream == [16]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    evaluate = setup.feed.make_evaluate(setup.model, setup.mesh)
+    with contextlib.suppress(ValueError):  # this process holds but half of the batch
+        evaluate(setup.state.params, {})
+    assert small_stream == [16, 16]

@@ -190,7 +190,7 @@ def from_trace(trace: Sequence[int] | np.ndarray, max_delay: int | None = None) 
       max_delay: size of the history to keep; the largest entry by default.
 
     Raises:
-      ValueError: naming the entry that is negative, fractional or beyond `max_delay`.
+      ValueError: naming the entry that is negative, fractional, too large or beyond `max_delay`.
 
     >>> int(from_trace([0, 1, 1]).sample(None, 4))
     1
@@ -204,6 +204,9 @@ def from_trace(trace: Sequence[int] | np.ndarray, max_delay: int | None = None) 
         at = int(np.argmin(values))
         raise ValueError(f"trace[{at}] is {values[at]}: staleness must be >= 0")
     largest = int(values.max())
+    if largest > np.iinfo(np.int32).max:
+        at = int(np.argmax(values))
+        raise ValueError(f"trace[{at}] is {largest}: staleness must be below 2**31")
     limit = largest if max_delay is None else as_integer(max_delay, "max_delay")
     if largest > limit:
         at = int(np.argmax(values))

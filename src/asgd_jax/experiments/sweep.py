@@ -27,8 +27,8 @@ from asgd_jax.experiments.sweep_program import (
     rows_of,
 )
 from asgd_jax.training import mesh as devices
-from asgd_jax.training import rerun, streamed_feed
-from asgd_jax.training.config import validate_config
+from asgd_jax.training import rerun
+from asgd_jax.training.config import STREAMED, validate_config
 from asgd_jax.training.feed import load_dataset, plan_of
 from asgd_jax.training.optimizer import Values, effective_learning_rate, make_delay_process
 from asgd_jax.training.progress_bar import progress_bar
@@ -154,7 +154,7 @@ def _in_order(table: RunTable, keys: Sequence[str], points: Sequence[Point]) -> 
 
 
 def _is_streamed(config: ConfigDict) -> bool:
-    return config.dataset in streamed_feed.DATASETS
+    return config.dataset in STREAMED
 
 
 def _compiled(

@@ -9,7 +9,9 @@ Images are NHWC (batch, height, width, channels), or CHWN, the same with both en
 suits the patches of few channels: what lies side by side in memory is then the batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -23,6 +25,8 @@ Initializer = Callable[..., jax.Array]
 
 # Share of the old value in one step of BatchNorm's running statistics.
 BATCH_NORM_DECAY = 0.9
+
+_BATCH_AXIS: ContextVar[str | None] = ContextVar("batch_axis", default=None)
 
 CONV_IMPLEMENTATIONS = ("auto", "patches", "lax")
 
@@ -261,6 +265,19 @@ def max_pool(x: jax.Array, window: int = 2, stride: int = 2, padding: int = 0) -
     return x
 
 
+@contextmanager
+def batch_split_over(axis_name: str) -> Iterator[None]:
+    """Within it, `batch_norm` takes its statistics over a named axis of devices as well.
+
+    For `jax.shard_map`, in which a model sees one device's share of a batch.
+    """
+    token = _BATCH_AXIS.set(axis_name)
+    try:
+        yield
+    finally:
+        _BATCH_AXIS.reset(token)
+
+
 def batch_norm(train: bool, dtype: Any, name: str | None = None, **kwargs: Any) -> nn.BatchNorm:
     """BatchNorm as every model here has it: decay 0.9 of the running statistics, epsilon 1e-5.
 
@@ -272,6 +289,7 @@ def batch_norm(train: bool, dtype: Any, name: str | None = None, **kwargs: Any) 
         momentum=BATCH_NORM_DECAY,
         epsilon=1e-5,
         dtype=dtype,
+        axis_name=_BATCH_AXIS.get(),
         name=name,
         **kwargs,
     )

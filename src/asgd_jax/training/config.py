@@ -12,6 +12,8 @@ from ml_collections.config_dict import placeholder
 from asgd_jax.data.batches import plan_batches
 from asgd_jax.training.batch_stats import MODES as BATCH_STATS_MODES
 
+STREAMED = ("imagenet2012",)  # data sets that are read from disk while training
+_IN_MEMORY_ONLY = ("normalize", "num_train", "num_validation", "augment")
 DELAY_DISTRIBUTIONS = ("constant", "uniform", "normal", "workers", "trace")
 LEARNING_RATE_RULES = ("none", "inverse", "exact", "sqrt")
 MOMENTUM_KINDS = ("heavy_ball", "nesterov", "shifted")
@@ -32,8 +34,9 @@ def default_config() -> ConfigDict:
     config.seed = 0  # of the parameters, the batch order and the delays
     # Data.
     config.dataset = "digits"  # digits, mnist, cifar10, cifar100, imagenet2012 (streamed)
-    config.image_size = 224  # pixels of a side, of streamed data sets
+    config.image_size = 224  # pixels of a side, of streamed data sets; the others have their own
     config.data_dir = placeholder(str)  # folder or gs:// address; None: TFDS_DATA_DIR
+    # The next four are not for streamed data sets, which are augmented while they are decoded.
     config.normalize = "own"  # own: each channel's mean and std; half: (x - .5) / .5
     config.num_train = placeholder(int)  # None: all
     config.num_validation = placeholder(int)
@@ -76,6 +79,7 @@ def default_config() -> ConfigDict:
     config.shard_history = False  # each device holds its part of every slot (jit only)
     config.multihost = False  # join the processes of several hosts
     config.coordinator = placeholder(str)  # HOST:PORT; None where JAX knows the cluster
+    config.coordinator_timeout = 300  # seconds that the processes wait for one another
     config.num_processes = placeholder(int)
     config.process_id = placeholder(int)
     # The run.
@@ -127,6 +131,7 @@ def validate_config(config: ConfigDict) -> None:
     ValueError: delay=30 with num_workers=32: delay + 1 must divide num_workers; ...
     """
     _fields(config)
+    _refuse_unused(config)
     _choice(config, "delay_distribution", DELAY_DISTRIBUTIONS)
     _choice(config, "learning_rate_rule", LEARNING_RATE_RULES)
     _choice(config, "momentum_kind", MOMENTUM_KINDS)
@@ -157,7 +162,7 @@ def validate_config(config: ConfigDict) -> None:
     _number(config, "checkpoint_every_epochs", at_least=0)
     _number(config, "momentum", at_least=0, below=1)
     _number(config, "label_smoothing", at_least=0, below=1)
-    for field in ("image_size", "recalibration_batches"):
+    for field in ("image_size", "recalibration_batches", "coordinator_timeout"):
         _number(config, field, above=0)
     optional = ("clip_norm", "log_every_steps", "num_train", "num_validation")
     for field in (*optional, "checkpoint_every_steps"):
@@ -185,6 +190,19 @@ def _fields(config: ConfigDict) -> None:
     for field in known:
         if field not in config:
             raise ValueError(f"the configuration has no field {field}: start from default_config()")
+
+
+def _refuse_unused(config: ConfigDict) -> None:
+    """Refuses a data field that has been changed and that data of this kind does not heed."""
+    streamed = config.dataset in STREAMED
+    defaults = default_config()
+    for field in _IN_MEMORY_ONLY if streamed else ("image_size",):
+        if config[field] != defaults[field]:
+            kind = "streamed" if streamed else "in memory"
+            raise ValueError(
+                f"{field}={config[field]!r} has no meaning for dataset={config.dataset!r}, which "
+                f"is {kind}: leave it at {defaults[field]!r}"
+            )
 
 
 def _choice(config: ConfigDict, field: str, known: tuple[str, ...]) -> None:

@@ -72,6 +72,8 @@ def _run(
 ) -> Progress:
     """Trains from the last checkpoint, or the start, to the end; all is saved when it returns."""
     fingerprint = rerun.fingerprint(config) | rerun.data_fingerprint(config, setup.feed.plan)
+    if config.parallelism == "pmap":  # whose state has an axis of devices
+        fingerprint["num_devices"] = setup.mesh.size
     with contextlib.ExitStack() as stack:
         stop_requested = stack.enter_context(preemption.catch_signals())
         checkpoints = open_checkpoints(workdir, fingerprint, keep=config.keep_checkpoints)
@@ -216,13 +218,14 @@ def _summarize(config: ConfigDict, setup: Setup, reached: Progress) -> dict[str,
         "diverged_at_step": diverged_at(reached),
         "steps": reached.step,
         "learning_rate": optimizer.effective_learning_rate(config),
-        "sharpest_stable_minimum": _sharpest_stable_minimum(config, setup.process),
+        **_sharpest_stable_minimum(config, setup.process),
         "final": reached.last_row,
         "best_validation_error": reached.best_error,
         "staleness": {
             "mean": mean,
             "max": largest,
             "histogram": np.asarray(reached.totals.staleness),
+            "num_clipped": optimizer.count_clipped(config, reached.step),
         },
         "batches": setup.feed.plan._asdict(),
         "num_params": num_params(setup.state.params)
@@ -234,15 +237,27 @@ def _summarize(config: ConfigDict, setup: Setup, reached: Progress) -> dict[str,
     }
 
 
-def _sharpest_stable_minimum(config: ConfigDict, process: DelayProcess) -> float | None:
-    """Largest Hessian eigenvalue at which this run can stay; None where no formula is exact."""
-    exact = config.optimizer == "sgd" and config.momentum_kind != "nesterov"
-    if not exact or process.pmf is None:
-        return None
-    return stability.max_sharpness(
-        optimizer.effective_learning_rate(config),
-        process,
-        momentum=config.momentum,
-        kind=config.momentum_kind,
-        dampening=config.dampening,
-    )
+def _sharpest_stable_minimum(config: ConfigDict, process: DelayProcess) -> dict[str, Any]:
+    """Largest Hessian eigenvalue at which this run can stay; where no formula is exact, why not."""
+    reasons = {
+        "optimizer": config.optimizer != "sgd",
+        "momentum_kind": bool(config.momentum) and config.momentum_kind == "nesterov",
+        "delay_distribution": process.pmf is None,
+        "weight_decay": config.weight_decay > 0,
+        "clip_norm": config.clip_norm is not None,
+        "warmup_epochs": config.warmup_epochs > 0,
+        "decay_epochs": len(config.decay_epochs) > 0,
+    }
+    for field, inexact in reasons.items():
+        if inexact:
+            reason = f"no exact formula with {field}={config[field]!r}"
+            return {"sharpest_stable_minimum": None, "why_no_stable_minimum": reason}
+    return {
+        "sharpest_stable_minimum": stability.max_sharpness(
+            optimizer.effective_learning_rate(config),
+            process,
+            momentum=config.momentum,
+            kind="heavy_ball" if config.momentum_kind == "nesterov" else config.momentum_kind,
+            dampening=config.dampening,
+        )
+    }

@@ -6,6 +6,8 @@ too. Under `pmap` every device runs the step on its own share and averages gradi
 BatchNorm then sees one device's share at a time.
 """
 
+import socket
+import time
 from typing import Any
 
 import jax
@@ -23,12 +25,17 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     """Returns a mesh of one axis, "batch", over the first `num_devices` devices (all by default).
 
     Raises:
-      ValueError: when there are fewer devices, or when they belong to several processes and not all
-        of them are to be used: every process of a run needs its share of the mesh.
+      ValueError: when jit is disabled, when there are fewer devices, or when they belong to several
+        processes and not all of them are to be used: every process needs its share of the mesh.
 
     >>> dict(make_mesh(1).shape)
     {'batch': 1}
     """
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        raise ValueError(
+            "JAX_DISABLE_JIT is set and a run is compiled as a whole: unset it, or debug "
+            "`make_train_step`, which is a plain function"
+        )
     devices = jax.devices()
     count = len(devices) if num_devices is None else num_devices
     if not 1 <= count <= len(devices):
@@ -117,23 +124,48 @@ def check_divisible(worker_batch_size: int, num_devices: int) -> None:
 
 
 def initialize_processes(
-    coordinator: str | None, num_processes: int | None, process_id: int | None
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int = 300
 ) -> None:
     """Joins the processes of a run that spans several hosts; call it before anything else of JAX.
 
-    On TPU pods and under Slurm all three are found out by JAX and may be None.
+    On TPU pods and under Slurm JAX finds out the first three, which may be None. `timeout`: seconds
+    that the processes wait for one another.
 
     Raises:
       ValueError: when the processes cannot be joined.
     """
+    if coordinator is not None and process_id:
+        _await_coordinator(coordinator, timeout)
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, initialization_timeout=timeout
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"multihost: {reason} (coordinator={coordinator!r}): on a cluster that JAX does not "
             "know, set coordinator=HOST:PORT, num_processes and process_id"
         ) from error
+
+
+def _await_coordinator(coordinator: str, timeout: int) -> None:
+    """Waits until process 0 listens: JAX itself would abort this process, with a stack trace."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"coordinator={coordinator!r} must be HOST:PORT")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=timeout).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > deadline or isinstance(error, OverflowError):
+                raise ValueError(
+                    f"coordinator={coordinator!r} did not answer within "
+                    f"coordinator_timeout={timeout} s ({error}): start process 0 there, correct "
+                    "the address, or wait longer"
+                ) from error
+        time.sleep(0.1)
 
 
 def put_replicas(tree: PyTree, mesh: Mesh) -> PyTree:

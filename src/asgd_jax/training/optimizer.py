@@ -1,5 +1,6 @@
 """The optimizer, the delay and the learning rate that a configuration describes."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,36 +14,77 @@ from ml_collections import ConfigDict
 from asgd_jax import delays, stability
 from asgd_jax.transforms import delayed, shifted_trace
 
+# In numbers of workers; fewer than one gradient in a thousand is older (random: one in e^7).
+_LONGEST_STALENESS = {"random": 7, "normal": 2}
+
 
 def make_delay_process(config: ConfigDict, num_updates: int) -> delays.DelayProcess:
     """Returns the staleness of a run of `num_updates` updates.
 
     `config.delay` is the mean staleness tau, and N = tau + 1 the number of gradients in flight:
     constant tau; uniform on {1, ..., 2 tau - 1}; normal of mean tau and `delay_std`; workers: a
-    simulation of N workers under `worker_schedule`; trace: the integers of `delay_trace`.
+    simulation of N workers under `worker_schedule`, whose gradients count as no older than 7 N
+    updates (2 N under "normal"), so that the history is as deep however long the run is; trace:
+    the integers of `delay_trace`.
 
     Raises:
-      ValueError: for a trace file that cannot be read or holds anything but staleness.
+      ValueError: for a trace file that cannot be read, holds anything but staleness, or has a mean
+        staleness that is not about `delay`.
     """
     delay, distribution = config.delay, config.delay_distribution
     if distribution == "trace":
-        return delays.from_trace(_read_trace(config.delay_trace))
+        return _recorded(config.delay_trace, delay)
     if distribution == "constant" or delay == 0:
         return delays.constant(delay)
     if distribution == "uniform":
         return delays.uniform(1, 2 * delay - 1)
     if distribution == "normal":
         return delays.discretized_normal(delay, config.delay_std)
-    trace = delays.simulate_workers(
-        delay + 1, num_updates, schedule=config.worker_schedule, seed=config.seed
+    limit = _longest_staleness(config)
+    trace = np.minimum(_simulated(config, num_updates), limit)
+    return delays.from_trace(trace, max_delay=limit)
+
+
+def count_clipped(config: ConfigDict, num_updates: int) -> int:
+    """Returns how many of the first gradients were older than `make_delay_process` lets them be."""
+    if config.delay_distribution != "workers" or config.delay == 0:
+        return 0
+    return int(np.sum(_simulated(config, num_updates) > _longest_staleness(config)))
+
+
+def _simulated(config: ConfigDict, num_updates: int) -> np.ndarray:
+    return delays.simulate_workers(
+        config.delay + 1, num_updates, schedule=config.worker_schedule, seed=config.seed
     )
-    return delays.from_trace(trace)
+
+
+def _longest_staleness(config: ConfigDict) -> int:
+    return _LONGEST_STALENESS[config.worker_schedule] * (config.delay + 1)
+
+
+def _recorded(file: str, delay: int) -> delays.DelayProcess:
+    trace = _read_trace(file)
+    try:
+        process = delays.from_trace(trace)
+    except ValueError as error:
+        raise ValueError(f"delay_trace={file!r}: {error}") from error
+    mean = trace.mean()
+    if not delay / 2 <= mean <= 2 * delay:
+        raise ValueError(
+            f"delay_trace={file!r} has a mean staleness of {mean:.3g} and delay={delay}, which "
+            f"batches and learning_rate_rule go by: set delay={round(mean)}"
+        )
+    return process
 
 
 def _read_trace(file: str) -> np.ndarray:
     try:
-        return np.load(file) if Path(file).suffix == ".npy" else np.loadtxt(file, dtype=np.int64)
-    except (OSError, ValueError) as error:
+        if Path(file).suffix == ".npy":
+            return np.load(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an empty file, whose trace is refused
+            return np.loadtxt(file, dtype=np.int64, ndmin=1)
+    except (OSError, ValueError, EOFError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"delay_trace={file!r} cannot be read ({reason}): pass a .npy file or a text file "

@@ -87,7 +87,7 @@ def plan_memory(config: ConfigDict) -> MemoryPlan:
         delay=config.delay,
     )
     normalize = imagenet_normalizer() if image_shape[-1] == 3 else _to_float
-    program = build_program(config, plan, num_classes, lambda key, images: normalize(images))
+    program = build_program(config, plan, num_classes, lambda key, images: normalize(images), mesh)
     init = make_init(program.model, program.tx, image_shape, program.chains.init)
     state = jax.eval_shape(init, jax.random.PRNGKey(0))
     sharding = devices.state_sharding(state, mesh, shard_history=config.shard_history)

@@ -26,6 +26,7 @@ FREE_FIELDS = (
     "shard_history",
     "multihost",
     "coordinator",
+    "coordinator_timeout",
     "num_processes",
     "process_id",
 )

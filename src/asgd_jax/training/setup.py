@@ -13,12 +13,13 @@ from asgd_jax import models
 from asgd_jax.data import BatchPlan
 from asgd_jax.delays import DelayProcess
 from asgd_jax.training import mesh as devices
-from asgd_jax.training import optimizer, streamed_feed
+from asgd_jax.training import optimizer
 from asgd_jax.training.batch_stats import BatchStatsChains, make_chains, recalibrate
-from asgd_jax.training.config import validate_config
+from asgd_jax.training.config import STREAMED, validate_config
 from asgd_jax.training.feed import Feed, open_in_memory
 from asgd_jax.training.state import PyTree, TrainState, init_state
 from asgd_jax.training.step import Preprocess, TrainStep, make_train_step
+from asgd_jax.training.streamed_feed import open_streamed
 
 
 class Setup(NamedTuple):
@@ -48,9 +49,13 @@ class Program(NamedTuple):
 
 
 def build_program(
-    config: ConfigDict, plan: BatchPlan, num_classes: int, preprocess: Preprocess
+    config: ConfigDict,
+    plan: BatchPlan,
+    num_classes: int,
+    preprocess: Preprocess,
+    mesh: Mesh | None = None,
 ) -> Program:
-    """Returns delay, model, optimizer and train step of a configuration."""
+    """Returns delay, model, optimizer and train step of a configuration; `mesh` shares the step."""
     model = make_model(config, num_classes)
     process = optimizer.make_delay_process(config, plan.steps_per_epoch * config.epochs)
     tx = optimizer.make_optimizer(config, process, plan.steps_per_epoch)
@@ -62,6 +67,7 @@ def build_program(
         config.label_smoothing,
         chains=chains,
         axis_name=devices.AXIS if config.parallelism == "pmap" else None,
+        mesh=mesh if config.parallelism == "jit" else None,
     )
     return Program(process, model, tx, chains, train_step)
 
@@ -76,10 +82,14 @@ def set_up(config: ConfigDict) -> Setup:
     validate_config(config)
     make_model(config, num_classes=1)  # a bad name or option is refused before data is read
     mesh = devices.make_mesh(config.num_devices)
+    if config.parallelism == "pmap" and jax.process_count() > 1:
+        raise ValueError(
+            f"parallelism='pmap' is for the devices of one process and this run has "
+            f"{jax.process_count()} processes: use parallelism='jit'"
+        )
     devices.check_divisible(config.worker_batch_size, mesh.size)
-    streamed = config.dataset in streamed_feed.DATASETS
-    feed = streamed_feed.open_streamed(config) if streamed else open_in_memory(config)
-    program = build_program(config, feed.plan, feed.num_classes, feed.preprocess)
+    feed = open_streamed(config) if config.dataset in STREAMED else open_in_memory(config)
+    program = build_program(config, feed.plan, feed.num_classes, feed.preprocess, mesh)
     state = init_state(
         program.model,
         program.tx,

@@ -1,13 +1,16 @@
 """One update: the gradient at stale parameters, then the server's step. Both are pure functions."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
+from asgd_jax.models.layers import batch_split_over
 from asgd_jax.training.batch_stats import BatchStatsChains, make_chains
 from asgd_jax.training.state import PyTree, TrainState
 from asgd_jax.transforms import stale_params
@@ -55,47 +58,86 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
     return optax.softmax_cross_entropy(logits, targets)
 
 
-def make_gradient(
-    model: nn.Module, preprocess: Preprocess, label_smoothing: float = 0.0
-) -> Callable[
+Gradient = Callable[
     [PyTree, PyTree, Batch, jax.Array], tuple[PyTree, tuple[PyTree, jax.Array, jax.Array]]
-]:
+]
+
+
+def make_gradient(
+    model: nn.Module,
+    preprocess: Preprocess,
+    label_smoothing: float = 0.0,
+    *,
+    mesh: Mesh | None = None,
+) -> Gradient:
     """Returns `gradient(params, batch_stats, batch, key)`: what a worker computes, at any params.
 
     The gradient is that of the mean loss over all workers of the update. BatchNorm sees each
     worker's own batch, as on a real worker; `batch_stats` advance by one step of their running
     average, with the mean of the workers' statistics.
 
+    Args:
+      model: a Linen module.
+      preprocess: see `make_train_step`.
+      label_smoothing: see `cross_entropy`.
+      mesh: devices of one axis that share every worker's samples; values are those of one device.
+
     Returns:
       A function giving (gradients, (new batch_stats, loss, error)).
     """
+    split = mesh is not None and mesh.size > 1
+    axis_name = mesh.axis_names[0] if mesh is not None and split else None
 
     def worker_loss(
         params: PyTree, batch_stats: PyTree, images: jax.Array, labels: jax.Array
     ) -> tuple[jax.Array, jax.Array, PyTree]:
         variables = {"params": params, "batch_stats": batch_stats}
-        logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        with nullcontext() if axis_name is None else batch_split_over(axis_name):
+            logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
         loss = cross_entropy(logits, labels, label_smoothing).mean()
         error = jnp.mean(jnp.argmax(logits, axis=-1) != labels, dtype=jnp.float32)
         return loss, error, new.get("batch_stats", batch_stats)
 
     def loss_fn(
-        params: PyTree, batch_stats: PyTree, batch: Batch, key: jax.Array
+        params: PyTree, batch_stats: PyTree, images: jax.Array, labels: jax.Array
     ) -> tuple[jax.Array, tuple[PyTree, jax.Array, jax.Array]]:
-        labels = batch.labels
-        images = preprocess(key, batch.images.reshape(-1, *batch.images.shape[2:]))
         if len(labels) == 1 or not jax.tree.leaves(batch_stats):
             # One worker, or samples that nothing couples: one batch is the same and quicker.
+            images = images.reshape(-1, *images.shape[2:])
             loss, error, new_stats = worker_loss(params, batch_stats, images, labels.reshape(-1))
             return loss, (new_stats, loss, error)
-        images = images.reshape(*labels.shape, *images.shape[1:])
         losses, errors, new_stats = jax.vmap(worker_loss, in_axes=(None, None, 0, 0))(
             params, batch_stats, images, labels
         )
         new_stats = jax.tree.map(lambda leaf: leaf.mean(axis=0), new_stats)
         return losses.mean(), (new_stats, losses.mean(), errors.mean())
 
-    return jax.grad(loss_fn, has_aux=True)
+    of_images = jax.grad(loss_fn, has_aux=True)
+    if mesh is not None and split:
+        of_images = _on_shares(of_images, mesh)
+
+    def gradient(
+        params: PyTree, batch_stats: PyTree, batch: Batch, key: jax.Array
+    ) -> tuple[PyTree, tuple[PyTree, jax.Array, jax.Array]]:
+        return of_images(params, batch_stats, preprocess(key, batch.images), batch.labels)
+
+    return gradient
+
+
+def _on_shares(gradient: Callable[..., PyTree], mesh: Mesh) -> Callable[..., PyTree]:
+    """The mean of what the devices compute, each on its share of every worker's samples.
+
+    Left to itself XLA gathers the batch on every device wherever two axes are merged of which only
+    the second is split: workers and samples here, rows and samples in a convolution.
+    """
+    whole, split = PartitionSpec(), PartitionSpec(None, *mesh.axis_names)
+    return jax.shard_map(
+        lambda *arguments: jax.lax.pmean(gradient(*arguments), mesh.axis_names),
+        mesh=mesh,
+        in_specs=(whole, whole, split, split),
+        out_specs=whole,
+        check_vma=False,
+    )
 
 
 def apply_gradient(
@@ -115,19 +157,21 @@ def make_train_step(
     *,
     chains: BatchStatsChains | None = None,
     axis_name: str | None = None,
+    mesh: Mesh | None = None,
 ) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`, pure, to be jitted, scanned, vmapped.
 
     Args:
       model: a Linen module.
       tx: the optimizer, with `asgd_jax.delayed` outermost.
-      preprocess: `preprocess(key, images)`: raw images (n, height, width, channels) to the model's
-        float32 input, augmentation included; `key` differs at every update.
+      preprocess: `preprocess(key, images)`: raw images (workers, samples, height, width, channels)
+        to the model's float32 input, augmentation included; `key` differs at every update.
       label_smoothing: see `cross_entropy`.
       chains: how BatchNorm's running statistics are kept; one chain on the server by default.
       axis_name: under `pmap`, the axis whose members average their gradients.
+      mesh: under `jit`, the devices that share every worker's samples.
     """
-    gradient = make_gradient(model, preprocess, label_smoothing)
+    gradient = make_gradient(model, preprocess, label_smoothing, mesh=mesh)
     chains = make_chains("server", 0) if chains is None else chains
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

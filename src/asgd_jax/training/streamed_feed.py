@@ -19,8 +19,6 @@ from asgd_jax.training.state import PyTree, TrainState
 from asgd_jax.training.step import Batch, TrainStep
 from asgd_jax.transforms import DelayedState, ShiftedTraceState
 
-DATASETS = ("imagenet2012",)
-
 
 class _Stream(NamedTuple):
     """An open stream of batches, and the number of the step that it yields next."""
@@ -33,7 +31,7 @@ def open_streamed(config: ConfigDict) -> Feed:
     """Returns the feed of a streamed data set: one compiled step, batches prefetched by tf.data.
 
     Images travel to the device as uint8 and are normalised there; random-resized crop and flip
-    happen while decoding, so `config.augment` has no say. Every process reads its own images.
+    happen while decoding. Every process reads its own images.
 
     Raises:
       ValueError: for batches that do not fit the data set or the processes.
@@ -195,8 +193,7 @@ def _make_evaluate(
 ) -> Evaluate:
     split = devices.leading_sharding(mesh)
     sum_batch = jax.jit(make_sum_batch(model, normalize), out_shardings=devices.replicated(mesh))
-    unit = mesh.size * jax.process_count()
-    batch_size = -(-config.eval_batch_size // unit) * unit
+    batch_size = -(-config.eval_batch_size // mesh.size) * mesh.size
 
     def evaluate(params: PyTree, batch_stats: PyTree) -> tuple[jax.Array, jax.Array]:
         loss, wrong, count = jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
