@@ -107,9 +107,10 @@ def init_ring(tree: PyTree, depth: int, dtype: DTypeLike | None = None) -> Ring:
     def stack_node(node: Any) -> Any:
         slots = jax.tree.map(lambda leaf: of_shape(stack, leaf), node)
         if hasattr(slots, "get_metadata"):  # a variable of Flax NNX
-            names = slots.get_metadata("out_sharding", None)
-            if names:
-                slots.set_metadata(out_sharding=(None, *names))
+            # The second is that of the optimizer's copies, where it is another.
+            for field in ("out_sharding", "optimizer_sharding"):
+                if names := slots.get_metadata(field, None):
+                    slots.set_metadata(field, (None, *names))
         elif hasattr(slots, "add_axis"):  # a box of Flax Linen
             slots = slots.add_axis(0, {"partition_name": None})
         return slots
