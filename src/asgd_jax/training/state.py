@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 PyTree = Any
@@ -37,7 +36,6 @@ def init_state(
     seed: int,
     *,
     keep_stats: Callable[[PyTree], PyTree] = lambda stats: stats,
-    sharding_of: Callable[[PyTree], PyTree] | None = None,
 ) -> TrainState:
     """Returns the state before the first update.
 
@@ -47,13 +45,8 @@ def init_state(
       image_shape: (height, width, channels).
       seed: of the parameters and of all that is random in the run.
       keep_stats: what is kept of the initial batch statistics, see `BatchStatsChains.init`.
-      sharding_of: from the shapes of the state to its shardings; JAX's default device by default.
     """
-
-    init = make_init(model, tx, image_shape, keep_stats)
-    key = jax.random.PRNGKey(seed)
-    shardings = None if sharding_of is None else sharding_of(jax.eval_shape(init, key))
-    return jax.jit(init, out_shardings=shardings)(np.asarray(key))
+    return jax.jit(make_init(model, tx, image_shape, keep_stats))(jax.random.PRNGKey(seed))
 
 
 def make_init(
