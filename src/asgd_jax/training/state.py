@@ -41,7 +41,7 @@ def init_state(
 
     Args:
       model: a Linen module called as `model.apply(variables, images, train=...)`.
-      tx: the optimizer, with `delayed` outermost.
+      tx: the optimizer.
       image_shape: (height, width, channels).
       seed: of the parameters and of all that is random in the run.
       keep_stats: what is kept of the initial batch statistics, see `BatchStatsChains.init`.

@@ -154,7 +154,7 @@ def make_train_step(
 
     Args:
       model: a Linen module.
-      tx: the optimizer, with `asgd_jax.delayed` outermost.
+      tx: the optimizer, `asgd_jax.delayed` around all of it.
       preprocess: `preprocess(key, images)`: raw images (workers, samples, height, width, channels)
         to the model's float32 input, augmentation included; `key` differs at every update.
       label_smoothing: see `cross_entropy`.
