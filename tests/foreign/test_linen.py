@@ -76,9 +76,9 @@ def plain_step(state, batch):
     return state.apply_gradients(grads=grads)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def gradient(params, apply_fn, batch):
-    return jax.grad(loss)(params, apply_fn, batch)
+@jax.jit
+def gradient(params, batch):
+    return jax.grad(loss)(params, Model().apply, batch)
 
 
 def follow(state, step, put=lambda batch: batch):
@@ -88,9 +88,7 @@ def follow(state, step, put=lambda batch: batch):
         stale = jax.jit(asgd_jax.stale_params)(state.opt_state, state.params)
         held.check(nn.unbox(stale), nn.unbox(state.params))
         state = step(state, put(batch(index)))
-    held.check_trajectory(
-        optimizer(), lambda params, step: gradient(params, Model().apply, batch(step))
-    )
+    held.check_trajectory(optimizer(), lambda params, step: gradient(params, batch(step)))
     assert int(state.step) == NUM_STEPS
 
 
@@ -100,7 +98,7 @@ def test_stale_parameters_are_what_the_train_state_held():
 
 
 def test_a_train_states_variables_in_the_place_of_its_params_are_refused():
-    state = create(asgd_jax.delayed(optimizer(), DELAY), Model())
+    state = jax.eval_shape(lambda: create(asgd_jax.delayed(optimizer(), DELAY), Model()))
     with pytest.raises(ValueError, match=r"^\['Dense_0'\]\['bias'\] has a history and no place"):
         asgd_jax.stale_params(state.opt_state, {"params": state.params})
 
