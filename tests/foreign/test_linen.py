@@ -103,22 +103,21 @@ def test_a_train_states_variables_in_the_place_of_its_params_are_refused():
         asgd_jax.stale_params(state.opt_state, {"params": state.params})
 
 
-def sharded(tx, wrap, step):
-    """The usual recipe: shardings from the metadata of an abstract state, given to both jits."""
+def shardings_of(make, wrap):
+    """Specs and shardings by Flax's own functions, from the metadata of an abstract state."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    make = functools.partial(create, tx, Model(wrap))
     specs = nn.get_partition_spec(jax.eval_shape(make))
     if wrap == "logical":
-        shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
-    else:
-        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    data = NamedSharding(mesh, P("data"))
-    state = jax.jit(make, out_shardings=shardings)()
+        return specs, nn.logical_to_mesh_sharding(specs, mesh, RULES)
+    return specs, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def compiled_step(step, make, shardings):
+    data = NamedSharding(shardings.step.mesh, P("data"))
     jitted = jax.jit(
         step, in_shardings=(shardings, data), out_shardings=shardings, donate_argnums=0
     )
-    compiled = jitted.lower(state, batch(0)).compile()
-    return specs, state, compiled, lambda batch: jax.device_put(batch, data)
+    return jitted.lower(jax.eval_shape(make), batch(0)).compile()
 
 
 def collectives(compiled):
@@ -127,16 +126,25 @@ def collectives(compiled):
 
 
 @pytest.mark.parametrize("wrap", ["mesh axes", "logical"])
-def test_fully_sharded_and_tensor_parallel(wrap):
-    """Every slot is sharded as its parameter is, and the delay adds no communication."""
-    tx = asgd_jax.delayed(optimizer(), DELAY)
-    specs, state, step, put = sharded(tx, wrap, delayed_step)
+def test_every_slot_has_the_sharding_of_its_parameter(wrap):
+    make = functools.partial(create, asgd_jax.delayed(optimizer(), DELAY), Model(wrap))
+    specs, shardings = shardings_of(make, wrap)
     names = ("embed", "mlp") if wrap == "logical" else ("data", "model")
     assert specs.opt_state.history.slots["Dense_1"]["kernel"] == P(None, *names)
+    assert specs.opt_state.history.slots["Dense_2"]["kernel"] == P()
     assert specs.opt_state.stale["Dense_1"]["kernel"] == P(*names)
-    slots = nn.unbox(state.opt_state.history.slots)["Dense_1"]["kernel"]
-    assert slots.sharding.spec == P(None, "data", "model")
-    assert slots.addressable_shards[0].data.nbytes == DELAY * (8 // 4) * (16 // 2) * 4
-    _, _, plain, _ = sharded(optimizer(), wrap, plain_step)
-    assert collectives(step) == collectives(plain)
-    follow(state, step, put)
+    slots = shardings.opt_state.history.slots["Dense_1"]["kernel"]
+    assert slots.spec == P(None, "data", "model")
+    assert slots.shard_shape((DELAY, 8, 16)) == (DELAY, 8 // 4, 16 // 2)
+
+
+def test_the_delay_of_a_sharded_run_adds_no_communication():
+    make = functools.partial(create, asgd_jax.delayed(optimizer(), DELAY), Model("mesh axes"))
+    plain = functools.partial(create, optimizer(), Model("mesh axes"))
+    _, shardings = shardings_of(make, "mesh axes")
+    step = compiled_step(delayed_step, make, shardings)
+    plain_shardings = shardings_of(plain, "mesh axes")[1]
+    assert collectives(step) == collectives(compiled_step(plain_step, plain, plain_shardings))
+    data = NamedSharding(shardings.step.mesh, P("data"))
+    state = jax.jit(make, out_shardings=shardings)()
+    follow(state, step, lambda batch: jax.device_put(batch, data))
