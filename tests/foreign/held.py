@@ -6,20 +6,23 @@ from parameter_server import simulate
 
 
 class Held:
-    """Keeps the parameters of every update of a loop with a constant delay."""
+    """Keeps the parameters of every update of a loop.
+
+    `delay` is an integer, or a function from the number of an update to its gradient's staleness.
+    """
 
     def __init__(self, delay):
-        self.delay = delay
+        self.age = delay if callable(delay) else lambda update: min(delay, update)
         self.params = []
 
     def check(self, stale, params, update=None):
-        """`stale` is bitwise what the loop held `delay` updates ago, at the start x_0.
+        """`stale` is bitwise what the loop held its staleness ago.
 
         `params` are those that `update` (by default: one more than the last time) is made of.
         """
         update = len(self.params) if update is None else update
         self.params[update:] = [jax.tree.map(np.array, params)]
-        then = self.params[max(update - self.delay, 0)]
+        then = self.params[update - self.age(update)]
         assert jax.tree.structure(stale) == jax.tree.structure(params)
         jax.tree.map(np.testing.assert_array_equal, stale, then)
 
@@ -30,7 +33,7 @@ class Held:
 
     def check_trajectory(self, inner, gradient, rtol=1e-5):
         """The loop went where a list of all parameters in plain Python goes."""
-        ages = [min(self.delay, step) for step in range(len(self.params) - 1)]
+        ages = [self.age(step) for step in range(len(self.params) - 1)]
         start = jax.tree.map(jax.numpy.asarray, self.params[0])
         expected = simulate(inner, ages, start, gradient)
         for mine, simulated in zip(self.params, expected, strict=True):

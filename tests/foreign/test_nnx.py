@@ -60,6 +60,7 @@ def make(inner="sgd", **options):
 def gradient_of(model, data):
     graphdef, _, rest = nnx.split(model, nnx.Param, ...)
 
+    @jax.jit
     def gradient(params, step):
         batch = jax.tree.map(lambda leaf: leaf[step], data)
         return jax.grad(lambda params: loss(nnx.merge(graphdef, params, rest), batch))(params)
@@ -133,33 +134,41 @@ OPTIONS = {
 }
 
 
+SIZES = {"in_features": 8, "hidden": 16}
+
+
+def mesh():
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
 @pytest.mark.parametrize("how", OPTIONS)
 def test_every_slot_has_the_sharding_of_its_parameter(how):
-    """Made under jit by Flax's recipe: the state is constrained to the specs of its metadata."""
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    sizes = {"in_features": 8, "hidden": 16, **OPTIONS[how](("data", "model"))}
+    with jax.set_mesh(mesh()):
+        create = lambda: make("adam", **SIZES, **OPTIONS[how](("data", "model")))  # noqa: E731
+        _, optimizer = nnx.eval_shape(create)
+        specs = nnx.as_pure(nnx.get_partition_spec(nnx.state(optimizer)))["opt_state"]
+    assert specs["history"]["slots"]["first"]["kernel"] == P(None, "data", "model")
+    assert specs["history"]["slots"]["second"]["kernel"] == P()
+    assert specs["stale"]["first"]["kernel"] == P("data", "model")
+    assert specs["inner_state"][0]["mu"]["first"]["kernel"] == P("data", "model")
+
+
+def test_a_sharded_model_made_under_jit():
+    """By Flax's recipe: the state is constrained to the specs of its metadata."""
 
     @nnx.jit
     def create():
-        model, optimizer = make("adam", **sizes)
+        model, optimizer = make(**SIZES, **OPTIONS["out_sharding"](("data", "model")))
         state = nnx.state(optimizer)
         shardings = nnx.get_partition_spec(state)
         nnx.update(optimizer, jax.lax.with_sharding_constraint(state, shardings))
         return model, optimizer
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh()):
         model, optimizer = create()
-        specs = nnx.as_pure(nnx.get_partition_spec(nnx.state(optimizer)))["opt_state"]
-        assert specs["history"]["slots"]["first"]["kernel"] == P(None, "data", "model")
-        assert specs["history"]["slots"]["second"]["kernel"] == P()
-        assert specs["stale"]["first"]["kernel"] == P("data", "model")
-        assert specs["inner_state"][0]["mu"]["first"]["kernel"] == P("data", "model")
-
         data, held, step = batches(8), Held(DELAY), nnx.jit(train_step)
         for index in range(NUM_STEPS):
             held.check(*step(model, optimizer, jax.tree.map(lambda leaf: leaf[index], data)))
         slots = optimizer.opt_state.history.slots["first"]["kernel"]
         assert slots.sharding.shard_shape(slots.shape) == (DELAY, 8 // 4, 16 // 2)
-    held.check_trajectory(INNER["adam"](), gradient_of(make("adam", in_features=8, hidden=16)[0], data))
-
-
+    held.check_trajectory(INNER["sgd"](), gradient_of(make(**SIZES)[0], data))
