@@ -12,7 +12,7 @@ export TFDS_DATA_DIR ?= $(firstword $(wildcard ../shared/tfds) $(HOME)/tensorflo
 	@touch $@
 
 demo: .venv/.installed
-	$(PY) -m asgd_jax.experiments.demo --out=demo
+	$(PY) -m experiments.demo --out=demo
 
 test: .venv/.installed
 	$(PY) -m pytest -n 2 --dist=worksteal

@@ -21,17 +21,26 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from asgd_jax.experiments.demo import demo_config
+from asgd_jax.training import default_config
 from asgd_jax.training.arms import pick_arm
+
+_DELAY = 32
 
 ARMS: dict[str, dict[str, Any]] = {
     "ssgd": {"delay": 0},
-    "asgd": {"delay": 32, "learning_rate_rule": "inverse"},
-    "asgd_exact": {"delay": 32, "learning_rate_rule": "exact"},
-    "asgd_same": {"delay": 32},
+    "asgd": {"delay": _DELAY, "learning_rate_rule": "inverse"},
+    "asgd_exact": {"delay": _DELAY, "learning_rate_rule": "exact"},
+    "asgd_same": {"delay": _DELAY},
 }
 
 
 def get_config(arm: str = "ssgd") -> ConfigDict:
     """Returns the configuration of an arm."""
-    return demo_config(**pick_arm(ARMS, arm, "digits"))
+    config = default_config()
+    config.num_workers = _DELAY + 1
+    config.worker_batch_size = 8
+    config.learning_rate = 0.5
+    config.epochs = 40
+    config.num_devices = 1  # more would only get in each other's way
+    config.update(pick_arm(ARMS, arm, "digits"))
+    return config

@@ -2,7 +2,11 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import NoReturn
+
+# The laboratory is no part of the installed library.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,9 +26,9 @@ def main() -> int:
     )
     options = parser.parse_args()
 
-    from asgd_jax.benchmarks.result import Options
-    from asgd_jax.benchmarks.run import item_names, run_items
     from asgd_jax.training.report import named_folder
+    from benchmarks.result import Options
+    from benchmarks.run import item_names, run_items
 
     try:
         out = named_folder(options.out, "out")

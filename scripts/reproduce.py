@@ -2,7 +2,11 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import NoReturn
+
+# The laboratory is no part of the installed library.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,11 +28,11 @@ def main() -> int:
     parser.add_argument("--out", default="results", help="default: results")
     options = parser.parse_args()
 
-    from asgd_jax.experiments import reproduce as figures
-    from asgd_jax.experiments.results_page import write_page
     from asgd_jax.training.compilation_cache import use_compilation_cache
     from asgd_jax.training.preemption import run_command
     from asgd_jax.training.report import named_folder
+    from experiments import reproduce as figures
+    from experiments.results_page import write_page
 
     use_compilation_cache()
 

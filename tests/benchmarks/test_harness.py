@@ -2,7 +2,7 @@
 
 import pytest
 
-from asgd_jax.benchmarks.harness import MIN_ROUNDS, exponent, interleave, ratio, spread
+from benchmarks.harness import MIN_ROUNDS, exponent, interleave, ratio, spread
 
 
 class FakeClock:

@@ -14,12 +14,12 @@ import optax
 import pytest
 
 import asgd_jax
-from asgd_jax.benchmarks import delay_cost, growth, pytorch
-from asgd_jax.benchmarks.jax_worker import make_epochs
-from asgd_jax.benchmarks.loops import NUM_BATCHES, make_loop, make_problem
-from asgd_jax.benchmarks.result import Options, Skipped
-from asgd_jax.benchmarks.run import ITEMS, item_names
 from asgd_jax.training.step import cross_entropy
+from benchmarks import delay_cost, growth, pytorch
+from benchmarks.jax_worker import make_epochs
+from benchmarks.loops import NUM_BATCHES, make_loop, make_problem
+from benchmarks.result import Options, Skipped
+from benchmarks.run import ITEMS, item_names
 
 ROOT = Path(__file__).parents[2]
 HIDDEN = {"hidden": (8,), "activation": "relu"}
@@ -133,7 +133,7 @@ def test_both_sides_of_the_comparison_learn_the_same(tmp_path):
     first, last = run(1), run(30)  # one epoch, then the last of 30 more
     assert last < first < 3.5
     pytest.importorskip("torch")
-    from asgd_jax.benchmarks import torch_worker
+    from benchmarks import torch_worker
 
     theirs = torch_worker.make_epochs(write_task(tmp_path))
     theirs(1)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from asgd_jax.benchmarks.report import format_readme, format_table, merge_item, read_report
-from asgd_jax.benchmarks.result import Result, Table, goal, result_to_json
-from asgd_jax.experiments.claims import at_least, at_most
+from benchmarks.report import format_readme, format_table, merge_item, read_report
+from benchmarks.result import Result, Table, goal, result_to_json
+from experiments.claims import at_least, at_most
 
 ORDER = ["first", "second"]
 

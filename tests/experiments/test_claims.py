@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asgd_jax.experiments import claims
+from experiments import claims
 
 NUMBERS = st.floats(-100, 100)
 

@@ -1,7 +1,6 @@
 """The demo as `make demo` runs it, shortened."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from asgd_jax.experiments import demo
+from experiments import demo
 
 
 @pytest.fixture
@@ -48,8 +47,8 @@ def test_no_training_without_matplotlib(tmp_path, monkeypatch, capsys):
 
 def test_a_stopped_demo_is_one_line_and_leaves_nothing(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-m", "asgd_jax.experiments.demo", f"--out={tmp_path / 'out'}"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")},
+        [sys.executable, "-m", "experiments.demo", f"--out={tmp_path / 'out'}"],
+        cwd=Path(__file__).parents[2],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from asgd_jax import stability
-from asgd_jax.experiments import escape
-from asgd_jax.experiments.escape import Start, find_edges, grid_rate, has_left, num_epochs
 from asgd_jax.training import default_config
+from experiments import escape
+from experiments.escape import Start, find_edges, grid_rate, has_left, num_epochs
 
 START = Start(params={}, loss=0.02, sharpness=5.0)
 

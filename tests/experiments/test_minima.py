@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from asgd_jax.experiments import minima
-from asgd_jax.experiments.departure import bisect
+from experiments import minima
+from experiments.departure import bisect
 
 TARGET = jnp.array([1.0, -2.0])
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from asgd_jax.experiments import reproduce as driver
-from asgd_jax.experiments.figures import fig06
-from asgd_jax.experiments.results_page import page
 from asgd_jax.training.preemption import Preempted
+from experiments import reproduce as driver
+from experiments.figures import fig06
+from experiments.results_page import page
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgd_jax import delayed
-from asgd_jax.experiments.minima import Problem
-from asgd_jax.experiments.sharpness_track import make_track, measuring_steps
+from experiments.minima import Problem
+from experiments.sharpness_track import make_track, measuring_steps
 
 
 def quartic(x, batch):

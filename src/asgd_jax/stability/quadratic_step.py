@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from asgd_jax.transforms import delayed, stale_params
+from asgd_jax.transforms import delayed, update_params
 from asgd_jax.transforms.history import read_slot
 
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
@@ -188,12 +188,15 @@ def quadratic_step(
         if staleness is not None:
             past = read_slot(state.history, state.num_updates - staleness, params)
             state = state._replace(staleness=staleness, stale=past)
-        where = params if inside else jax.tree.leaves(params)[0]
-        if histories:
-            where = stale_params(state, where)
-        gradient = sharpness * jax.tree.leaves(where)[0] + noise
-        updates, state = make(rate).update(gradient, state, params, **extra_args)
-        vector, others = layout.pack((optax.apply_updates(params, updates), state))
+        params, state, _ = update_params(
+            make(rate),
+            lambda where: (sharpness * jax.tree.leaves(where)[0] + noise, None),
+            params,
+            state,
+            live=params if inside else jax.tree.leaves(params)[0],
+            **extra_args,
+        )
+        vector, others = layout.pack((params, state))
         # In a loop the dtypes must stay.
         return vector, [_like(new, old) for new, old in zip(others, memory[1], strict=True)]
 

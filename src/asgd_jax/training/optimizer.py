@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from asgd_jax import delays, stability
-from asgd_jax.transforms import delayed, shifted_trace
+from asgd_jax.transforms import delayed, momentum_of
 
 # In numbers of workers; fewer than one gradient in a thousand is older (random: one in e^7).
 _LONGEST_STALENESS = {"random": 7, "normal": 2}
@@ -194,17 +194,12 @@ def _direction(
 ) -> optax.GradientTransformation:
     if config.optimizer in ("adam", "adamw"):
         return optax.scale_by_adam()
-    if not config.momentum:
-        return optax.identity()
-    if config.momentum_kind == "shifted":
-        return shifted_trace(momentum, process, dampening=config.dampening)
-    if config.momentum_kind == "nesterov":
-        lookahead = optax.trace(momentum, nesterov=True)
-        damp = [optax.scale(1.0 - momentum)] if config.dampening else []
-        return optax.chain(lookahead, *damp)
-    if config.dampening:
-        return optax.ema(momentum, debias=False)
-    return optax.trace(momentum)
+    return momentum_of(
+        momentum if config.momentum else 0.0,
+        process,
+        kind=config.momentum_kind,
+        dampening=config.dampening,
+    )
 
 
 def kernel_mask(params: Any) -> Any:

@@ -1,10 +1,15 @@
-"""Optax transforms with delay."""
+"""Optax transforms with delay: gradients at parameters from the past, and shifted momentum.
+
+Imports `delays` only. Begin with `delayed.py` (what a loop wraps its optimizer in); `history.py` is
+the ring under it, `stale.py` what the loop asks, `update.py` one update from one end to the other.
+"""
 
 from asgd_jax.transforms.delay_gradients import DelayGradientsState, delay_gradients
 from asgd_jax.transforms.delayed import DelayedState, delayed
 from asgd_jax.transforms.momentum import ShiftedTraceState, shifted_sgd, shifted_trace
 from asgd_jax.transforms.resize import resize_history
-from asgd_jax.transforms.stale import stale_params
+from asgd_jax.transforms.stale import has_history, stale_params
+from asgd_jax.transforms.update import delayed_sgd, momentum_of, update_params
 
 __all__ = [
     "DelayGradientsState",
@@ -12,8 +17,12 @@ __all__ = [
     "ShiftedTraceState",
     "delay_gradients",
     "delayed",
+    "delayed_sgd",
+    "has_history",
+    "momentum_of",
     "resize_history",
     "shifted_sgd",
     "shifted_trace",
     "stale_params",
+    "update_params",
 ]

@@ -49,6 +49,15 @@ def stale_params(state: optax.OptState, params: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, [chosen.get(path, leaf) for path, leaf in leaves])
 
 
+def has_history(state: optax.OptState) -> bool:
+    """Whether an optimizer state holds that of `delayed`, so that gradients are to be stale.
+
+    >>> has_history(optax.sgd(0.1).init(jnp.ones(2)))
+    False
+    """
+    return any(map(_is_delayed_state, jax.tree.leaves(state, is_leaf=_is_delayed_state)))
+
+
 def _refuse_misplaced(path: Any, leaf: Any, live: dict[Any, Any], chosen: dict[Any, Any]) -> None:
     name = jax.tree_util.keystr(path) or "the parameter"
     if path not in live:

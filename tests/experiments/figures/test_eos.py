@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from asgd_jax import stability
-from asgd_jax.experiments.departure import make_optimizer
-from asgd_jax.experiments.figures import eos
-from asgd_jax.experiments.run_table import open_table
-from asgd_jax.experiments.sharpness_track import Sample, make_track
+from asgd_jax.training.run_table import open_table
+from experiments.departure import make_optimizer
+from experiments.figures import eos
+from experiments.sharpness_track import Sample, make_track
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from asgd_jax import delays, stability
-from asgd_jax.experiments.figures import random_delay
-from asgd_jax.experiments.figures import threshold_curves as curves
-from asgd_jax.experiments.reproduce import FIGURES
+from experiments.figures import random_delay
+from experiments.figures import threshold_curves as curves
+from experiments.reproduce import FIGURES
 
 
 def smoke(number):

@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from asgd_jax.experiments import reproduce as driver
-from asgd_jax.experiments.figures import (
+from asgd_jax.training import default_config
+from asgd_jax.training.config import validate_config
+from asgd_jax.training.run_table import read_records
+from experiments import reproduce as driver
+from experiments.figures import (
     fig01,
     fig03,
     fig09,
@@ -25,10 +28,7 @@ from asgd_jax.experiments.figures import (
     resnet_arms,
     training_runs,
 )
-from asgd_jax.experiments.figures.resnet_arms import NORMAL, SHIFTED
-from asgd_jax.experiments.run_table import read_records
-from asgd_jax.training import default_config
-from asgd_jax.training.config import validate_config
+from experiments.figures.resnet_arms import NORMAL, SHIFTED
 
 ROOT = Path(__file__).parents[3]
 GROUPS = [("1", "13"), ("2", "12"), ("3",), ("5", "9"), ("11",)]
@@ -76,7 +76,7 @@ def test_the_paper_preset_is_the_shipped_config(figure, file, arm):
 
 @pytest.mark.parametrize("group", GROUPS, ids="+".join)
 def test_the_smoke_preset_runs_through_and_shares_runs(group, tmp_path, monkeypatch):
-    from asgd_jax.experiments import sweep
+    from asgd_jax.training import sweep
 
     blocks = sweep.run_blocks
     for number, figure in enumerate(group):

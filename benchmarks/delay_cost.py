@@ -1,0 +1,274 @@
+"""What the delay costs: the time and memory of a delayed update over those of a plain optax one."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+import asgd_jax
+from asgd_jax import delays
+from benchmarks.harness import Times, interleave, ratio, spread
+from benchmarks.loops import Loop, Problem, make_loop, make_problem
+from benchmarks.result import Goal, Options, Result, Row, Table, goal
+from experiments.claims import at_most, near
+
+TITLE = "the cost of the delay, against plain optax in the same loop"
+
+PLAIN = "plain"
+_LEARNING_RATE = 1e-3  # small: nothing here converges, and nothing must diverge
+_MOMENTUM = 0.9
+_BUDGET = 20.0  # seconds a group: on a busy machine there are fewer rounds
+
+
+class Case(NamedTuple):
+    """A model, how often to run it, and what the delay may cost it."""
+
+    name: str
+    model: str
+    model_options: dict[str, Any]
+    batch_size: int
+    updates: int
+    rounds: int
+    delays: tuple[int, ...]
+    fewer_delays: tuple[int, ...]  # of gradient queues and shifted momentum
+    random_delay: int
+    allowed_ratio: float
+
+
+_ALL = (0, 1, 8, 32, 64, 128)
+_CNN: dict[str, Any] = {"name": "CNN", "model": "mnist_cnn_bn", "allowed_ratio": 1.05}
+_MLP: dict[str, Any] = {"name": "MLP", "model": "mlp", "allowed_ratio": 1.20}
+_HIDDEN: dict[str, Any] = {"hidden": (1024, 1024), "activation": "relu"}
+CASES = (
+    Case(
+        **_CNN, model_options={}, batch_size=128, updates=2, rounds=5,
+        delays=_ALL, fewer_delays=(1, 128), random_delay=32,
+    ),
+    Case(
+        **_MLP, model_options=_HIDDEN, batch_size=128, updates=20, rounds=9,
+        delays=_ALL, fewer_delays=_ALL[1:], random_delay=32,
+    ),
+)  # fmt: skip
+_QUICK: dict[str, Any] = {
+    "batch_size": 4, "updates": 2, "rounds": 1,
+    "delays": (0, 1, 4), "fewer_delays": (1, 4), "random_delay": 2,
+}  # fmt: skip
+QUICK_CASES = (Case(**_MLP, model_options=_HIDDEN | {"width": 0.02}, **_QUICK),)
+
+Optimizers = dict[str, optax.GradientTransformation]
+
+
+class Group(NamedTuple):
+    """Variants that are timed in turns, and the plain update that they are compared with.
+
+    Attributes:
+      name: what delays here.
+      optimizers: by the name of the variant; `PLAIN` is among them.
+      delays: largest staleness of every other variant.
+      rings: parameter sets that a slot of the history stands for, in float32.
+    """
+
+    name: str
+    optimizers: Optimizers
+    delays: dict[str, int]
+    rings: float = 1.0
+
+
+def groups(case: Case) -> list[Group]:
+    """Returns what is compared: delayed SGD, queues of gradients, shifted momentum."""
+    sgd = optax.sgd(_LEARNING_RATE)
+    momentum = optax.sgd(_LEARNING_RATE, momentum=_MOMENTUM)
+
+    def shifted(delay: int) -> optax.GradientTransformation:
+        return asgd_jax.delayed(asgd_jax.shifted_sgd(_LEARNING_RATE, _MOMENTUM, delay), delay)
+
+    def named(make: Any, some: tuple[int, ...]) -> Optimizers:
+        return {f"delay {delay}": make(delay) for delay in some}
+
+    def sizes(some: tuple[int, ...]) -> dict[str, int]:
+        return {f"delay {delay}": delay for delay in some}
+
+    fewer = case.fewer_delays
+    return [
+        Group(
+            "delayed",
+            {PLAIN: sgd} | named(lambda delay: asgd_jax.delayed(sgd, delay), case.delays),
+            sizes(case.delays),
+        ),
+        Group(
+            "delay_gradients",
+            {PLAIN: sgd}
+            | named(lambda delay: optax.chain(asgd_jax.delay_gradients(delay), sgd), fewer),
+            sizes(fewer),
+        ),
+        Group("shifted", {PLAIN: momentum} | named(shifted, fewer), sizes(fewer), rings=2.0),
+    ]
+
+
+def random_optimizers(delay: int) -> dict[str, tuple[optax.GradientTransformation, int]]:
+    """Returns optimizers of mean staleness `delay`, the constant one first, with their largest."""
+    sgd = optax.sgd(_LEARNING_RATE)
+    processes = {
+        "constant": delays.constant(delay),
+        "uniform": delays.uniform(1, 2 * delay - 1),
+        "normal": delays.discretized_normal(delay, delay / 4),
+    }
+    made = {
+        name: (asgd_jax.delayed(sgd, process), process.max_delay)
+        for name, process in processes.items()
+    }
+    half = asgd_jax.delayed(sgd, delay, history_dtype=jnp.bfloat16)
+    return made | {"constant, bfloat16 history": (half, delay)}
+
+
+def run(options: Options) -> Result:
+    """Measures every case; see the module."""
+    cases = QUICK_CASES if options.quick else CASES
+    tables, goals = list[Table](), list[Goal]()
+    for case in cases:
+        problem = make_problem(case.model, case.batch_size, **case.model_options)
+        rows = list[Row]()
+        for group in groups(case):
+            group_rows, group_goals = measure_group(case, problem, group)
+            rows += group_rows
+            goals += group_goals
+        random_rows, random_goals = measure_random(case, problem)
+        rows += random_rows
+        goals += random_goals
+        caption = (
+            f"{case.name} ({case.model}), batch {case.batch_size}; "
+            f"up to {case.rounds} rounds of {case.updates} updates"
+        )
+        tables.append(Table(caption, rows))
+    notes = [
+        "Each time is that of a loop of updates in one compiled program with a donated state.",
+        "ratio: time over that of the row's base (the plain optimizer, or the constant delay), "
+        "median of the rounds with quartiles. extra temp: temporary memory beyond the base's, in "
+        "parameter sets. history: all rings, in parameter sets of float32.",
+    ]
+    return Result(tables, goals, notes)
+
+
+def measure_group(case: Case, problem: Problem, group: Group) -> tuple[list[Row], list[Goal]]:
+    """Times a group's variants in turns; returns their rows and goals."""
+    loops = {name: make_loop(problem, tx, case.updates) for name, tx in group.optimizers.items()}
+    times = interleave(
+        {name: loop.run for name, loop in loops.items()}, case.rounds, budget=_BUDGET
+    )
+    rows = [
+        _row(group.name, name, largest, times, loops, PLAIN, case.updates)
+        for name, largest in group.delays.items()
+    ]
+    return rows, _goals(case, group, rows, times, loops)
+
+
+def measure_random(case: Case, problem: Problem) -> tuple[list[Row], list[Goal]]:
+    """Times random delays and a half-precision history against a constant delay."""
+    made = random_optimizers(case.random_delay)
+    loops = {name: make_loop(problem, tx, case.updates) for name, (tx, _) in made.items()}
+    times = interleave(
+        {name: loop.run for name, loop in loops.items()}, case.rounds, budget=_BUDGET
+    )
+    rows = [
+        _row("delayed", name, largest, times, loops, "constant", case.updates)
+        for name, (_, largest) in made.items()
+    ]
+    worst = max(
+        (row for row in rows if row["variant"] in ("uniform", "normal")),
+        key=lambda row: row["ratio"],
+    )
+    half = rows[-1]
+    slots = case.random_delay + 1
+    return rows, [
+        goal(
+            at_most(f"{case.name}: random delays / constant, time", worst["ratio"], 1.05),
+            _noise(worst),
+        ),
+        goal(
+            near(
+                f"{case.name}: history in bfloat16 / ((delay + 1) parameter sets)",
+                half["history (sets)"] / slots,
+                0.5,
+                0.0,
+            ),
+        ),
+    ]
+
+
+def _row(
+    kind: str,
+    name: str,
+    largest: int,
+    times: Times,
+    loops: dict[str, Loop],
+    base: str,
+    updates: int,
+) -> Row:
+    loop = loops[name]
+    compared = ratio(times, name, base)
+    return {
+        "transform": kind,
+        "variant": name,
+        "largest delay": largest,
+        "ratio": compared.median,
+        "low quartile": compared.low,
+        "high quartile": compared.high,
+        "ms/update": 1e3 * spread(times[name]).median / updates,
+        "history (sets)": loop.history_bytes / loop.parameter_bytes,
+        "history (bytes)": loop.history_bytes,
+        "extra temp (sets)": (loop.temp_bytes - loops[base].temp_bytes) / loop.parameter_bytes,
+    }
+
+
+def _goals(
+    case: Case, group: Group, rows: list[Row], times: Times, loops: dict[str, Loop]
+) -> list[Goal]:
+    title = f"{case.name}: {group.name}"
+    slowest = max(rows, key=lambda row: row["ratio"])
+    low, high = (f"delay {delay}" for delay in (1, max(group.delays.values())))
+    growth = ratio(times, high, low)
+    exact = [
+        loops[name].history_bytes == group.rings * (delay + 1) * loops[name].parameter_bytes
+        for name, delay in group.delays.items()
+        if delay
+    ]
+    extra = max(row["extra temp (sets)"] for row in rows)
+    return [
+        goal(
+            at_most(f"{title} / plain, time, slowest delay", slowest["ratio"], case.allowed_ratio),
+            _noise(slowest) + _TIME_REASONS.get((case.name, group.name), ""),
+        ),
+        goal(
+            at_most(f"{title}, time at {high} / {low}", growth.median, 1.05),
+            f"quartiles {growth.low:.3f} to {growth.high:.3f}",
+        ),
+        goal(
+            near(
+                f"{title}, share of delays whose history is exactly (delay + 1) parameter sets"
+                + (" a ring" if group.rings > 1 else ""),
+                sum(exact) / len(exact),
+                1.0,
+                0.0,
+            )
+        ),
+        goal(
+            at_most(f"{title}, temporary memory beyond plain's, in parameter sets", extra, 1.0),
+            _TEMP_REASONS.get(group.name, ""),
+        ),
+    ]
+
+
+def _noise(row: Row) -> str:
+    return (
+        f"at {row['variant']} the quartiles are {row['low quartile']:.3f} to "
+        f"{row['high quartile']:.3f}"
+    )
+
+
+# What was found when a goal missed; shown only where it does.
+_TIME_REASONS = {
+    ("MLP", "delayed"): "; the plain update is bound by memory, and a delayed one makes two passes "
+    "more over the parameters: it writes a slot and reads the next stale ones",
+    ("MLP", "shifted"): "; as delayed, and the momentum has a ring of its own to write and read",
+}
+_TEMP_REASONS: dict[str, str] = {}

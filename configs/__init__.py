@@ -1,0 +1,1 @@
+"""The recipes: one file an experiment, its arms by argument. They import the library only."""

@@ -1,0 +1,254 @@
+r"""At which learning rate does mini-batch A-SGD leave a minimum? The protocol of figs. 2 and 12.
+
+S-SGD trains to a minimum, whose sharpness $a$ is measured. From there, the history full of that
+point, A-SGD continues at one delay and learning rate after another. It has *left* when the loss on
+the whole training set, in evaluation mode, exceeds max(10 L, L + 0.1), L the minimum's, or is not
+finite, at two measurements in a row. The largest learning rate that stays should be $h^*(\tau)/a$.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from asgd_jax import curvature, data, stability
+from asgd_jax.data.in_memory import Dataset
+from asgd_jax.training import rerun
+from asgd_jax.training.config import validate_config
+from asgd_jax.training.feed import load_dataset, plan_of
+from asgd_jax.training.report import write_json
+from asgd_jax.training.run_table import Record, holds_fingerprint
+from asgd_jax.training.setup import make_model
+from asgd_jax.training.state import PyTree
+from asgd_jax.training.step import cross_entropy
+from asgd_jax.training.sweep import Point, sweep, train_params
+
+RESOLUTION = 0.08  # learning rates lie on a geometric grid of this step, as in the paper
+_E_FOLDS = 12  # of growth at one grid step above the edge, for which every run has time
+_ROWS = 24  # measurements of a run
+_STRIDE = 8  # grid steps by which the search descends until a run stays
+_LOWEST = -120  # grid index at which the search gives up
+
+
+class Start(NamedTuple):
+    """A minimum that S-SGD has reached.
+
+    Attributes:
+      params: pytree of arrays.
+      loss: mean cross-entropy over the training set, in evaluation mode, without label smoothing.
+      sharpness: largest eigenvalue of the Hessian of the mean loss that is trained, with it.
+    """
+
+    params: PyTree
+    loss: float
+    sharpness: float
+
+
+def leave_loss(loss: float) -> float:
+    """Returns the loss above which a run has left a minimum of loss `loss`.
+
+    >>> leave_loss(0.5), leave_loss(0.0)
+    (5.0, 0.1)
+    """
+    return max(10.0 * loss, loss + 0.1)
+
+
+def reach_minimum(config: ConfigDict, work: Path) -> Start:
+    """Trains a configuration and measures where it ends; the parameters are kept in `work`.
+
+    Raises:
+      ValueError: when the loss there is not finite, or `work` holds another run's minimum.
+    """
+    validate_config(config)
+    dataset = load_dataset(config)
+    params = _trained(config, dataset, work / "minimum.npz")
+    plain_loss, batches = _training_loss(config, dataset, smoothing=0.0)
+    loss = float(np.mean([jax.jit(plain_loss)(params, batch) for batch in batches]))
+    if not math.isfinite(loss):
+        raise ValueError(f"S-SGD diverged at learning rate {config.learning_rate}: lower it")
+    loss_fn, batches = _training_loss(config, dataset, config.label_smoothing)
+    top = curvature.sharpness(loss_fn, params, batches, tol=1e-3)
+    return Start(params, loss, float(top.value))
+
+
+def _trained(config: ConfigDict, dataset: Dataset, file: Path) -> PyTree:
+    """The parameters at the end of a run: those in the file, or else trained and written there.
+
+    Beside them lies what they were trained from: `refuse_mismatch` names what differs from it.
+    """
+    model = make_model(config, dataset.num_classes)
+    images = np.zeros((1, *dataset.train_images.shape[1:]), np.float32)
+    like = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))["params"]
+    fingerprint = {
+        **rerun.fingerprint(config),
+        **rerun.data_fingerprint(config, plan_of(config, len(dataset.train_labels))),
+        "epochs": config.epochs,
+    }
+    # Parameters without it may be anybody's: they are trained anew.
+    if holds_fingerprint(file.with_suffix(".json"), fingerprint):
+        with np.load(file) as saved:
+            leaves = [saved[name] for name in saved.files]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    params = jax.device_get(train_params(config, dataset))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial.npz")
+    np.savez(partial, *jax.tree.leaves(params))
+    partial.replace(file)
+    write_json(file.with_suffix(".json"), fingerprint)
+    return params
+
+
+def _training_loss(config: ConfigDict, dataset: Dataset, smoothing: float) -> tuple[Any, list[Any]]:
+    """The mean loss of a batch in evaluation mode, and the training set in equal batches."""
+    model, normalize = make_model(config, dataset.num_classes), data.normalizer(dataset)
+    size = max(
+        n for n in range(1, config.eval_batch_size + 1) if len(dataset.train_labels) % n == 0
+    )
+
+    def loss_fn(params: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        logits = model.apply({"params": params}, normalize(batch[0]), train=False)
+        return cross_entropy(logits, batch[1], smoothing).mean()
+
+    batches = [
+        (dataset.train_images[k : k + size], dataset.train_labels[k : k + size])
+        for k in range(0, len(dataset.train_labels), size)
+    ]
+    return loss_fn, batches
+
+
+def grid_rate(sharpness: float, index: int) -> float:
+    """Returns a learning rate of the grid: 2 / sharpness, S-SGD's edge, has index 0.
+
+    >>> grid_rate(2.0, 0), grid_rate(2.0, 1)
+    (1.0, 1.08)
+    """
+    return float(f"{2.0 / sharpness * (1.0 + RESOLUTION) ** index:.6g}")
+
+
+def num_epochs(delay: int, steps_per_epoch: int) -> tuple[int, int]:
+    """Returns the epochs of a run at a delay, and those between two of its measurements.
+
+    Together they leave time for twelve e-folds of growth one grid step above the edge.
+
+    >>> num_epochs(0, steps_per_epoch=8)
+    (24, 1)
+    """
+    just_above = (1.0 + RESOLUTION) * stability.max_learning_rate(delay)
+    steps = _E_FOLDS * stability.growth_time(delay, step=just_above)
+    between = math.ceil(steps / (_ROWS * steps_per_epoch))
+    return _ROWS * between, between
+
+
+def has_left(rows: Sequence[Record], limit: float) -> bool:
+    """Whether a run left: it diverged, or two measurements in a row exceed the limit.
+
+    >>> has_left([{"full_train_loss": 9.0, "diverged_at": -1}] * 2, 1.0)
+    True
+    """
+    above = [not row["full_train_loss"] <= limit for row in rows]
+    return rows[-1]["diverged_at"] >= 0 or any(
+        first and second for first, second in itertools.pairwise(above)
+    )
+
+
+def find_edges(
+    config: ConfigDict,
+    start: Start,
+    delays: Sequence[int],
+    seeds: Sequence[int],
+    work: Path,
+    *,
+    above: Sequence[int] = (),
+) -> list[Record]:
+    """Searches, for each delay and seed, the two neighbouring rates of which one stays, one leaves.
+
+    From S-SGD's edge it descends eight grid steps at a time until a run stays, then bisects: the
+    prediction is not used. All runs of a round are one sweep.
+
+    Args:
+      config: of the runs, one worker's batch an update; delay + 1 workers each.
+      start: where they start.
+      delays: to measure at.
+      seeds: of the order of the samples.
+      work: folder that keeps finished runs.
+      above: further rates to run, in grid steps above the smallest that left.
+
+    Returns:
+      The records of `sweep` with the columns left (0 or 1), index (of the rate) and, the same in
+      every row: minimum_loss and sharpness.
+
+    Raises:
+      ValueError: when every rate leaves.
+    """
+    pairs = [(delay, seed) for delay in delays for seed in seeds]
+    found: dict[tuple[int, int], dict[int, list[Record]]] = {pair: {} for pair in pairs}
+    limit = leave_loss(start.loss)
+    steps = _steps_per_epoch(config)
+
+    def run(wanted: Sequence[tuple[tuple[int, int], int]]) -> None:
+        points = [_point(start, steps, pair, index) for pair, index in wanted]
+        rows = sweep(config, points, work=work, initial=start.params, leave_loss=limit)
+        for point, (pair, index) in zip(points, wanted, strict=True):
+            mine = [row for row in rows if all(row[name] == point[name] for name in point)]
+            found[pair][index] = mine
+
+    while wanted := [
+        (pair, index) for pair in pairs if (index := _next_index(found[pair], limit)) is not None
+    ]:
+        run(wanted)
+    extra = [
+        (pair, index)
+        for pair in pairs
+        for index in (_edge(found[pair], limit)[1] + offset for offset in above)
+        if index not in found[pair]
+    ]
+    if extra:
+        run(extra)
+    same = {"minimum_loss": start.loss, "sharpness": start.sharpness}
+    return [
+        {**row, "index": index, "left": int(has_left(rows, limit)), **same}
+        for pair in pairs
+        for index, rows in sorted(found[pair].items())
+        for row in rows
+    ]
+
+
+def _steps_per_epoch(config: ConfigDict) -> int:
+    return len(load_dataset(config).train_labels) // config.worker_batch_size
+
+
+def _point(start: Start, steps: int, pair: tuple[int, int], index: int) -> Point:
+    delay, seed = pair
+    epochs, between = num_epochs(delay, steps)
+    return {
+        "delay": delay,
+        "num_workers": delay + 1,
+        "learning_rate": grid_rate(start.sharpness, index),
+        "seed": seed,
+        "epochs": epochs,
+        "eval_every_epochs": between,
+    }
+
+
+def _edge(runs: dict[int, list[Record]], limit: float) -> tuple[int | None, int]:
+    """The largest index that stayed below all that left, None so far; the smallest that left."""
+    left = [index for index, rows in runs.items() if has_left(rows, limit)]
+    upper = min(left, default=max(runs, default=0) + _STRIDE)
+    return max(
+        (index for index in runs if index not in left and index < upper), default=None
+    ), upper
+
+
+def _next_index(runs: dict[int, list[Record]], limit: float) -> int | None:
+    """The grid index to run next, or None when a rate that stays has a neighbour that leaves."""
+    lower, upper = _edge(runs, limit)
+    if lower is None:
+        if upper <= _LOWEST:
+            raise ValueError(f"every rate down to grid index {upper} leaves: is this a minimum?")
+        return upper - _STRIDE
+    return None if upper - lower == 1 and runs.get(upper) else (lower + upper + 1) // 2

@@ -1,0 +1,1 @@
+"""One module a figure of the paper; `experiments.reproduce` says what each must have."""

@@ -1,0 +1,122 @@
+"""Figure 1: under delay, a learning rate that is not lowered generalises worse, or diverges."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from asgd_jax.training.run_table import Record
+from experiments import style
+from experiments.claims import Claim, at_least, at_most, deviation
+from experiments.figures import mnist_rates
+from experiments.figures.mnist_rates import DELAY, rates_of
+from experiments.figures.training_runs import (
+    chance_error,
+    did_diverge,
+    final_errors,
+    last_epoch,
+    over_seeds,
+    plot_curve,
+    select,
+)
+
+CAPTION = (
+    "Unless the learning rate is lowered in proportion to 1/tau, validation error under a delay "
+    "is worse than that of the equivalent large batch (S-SGD); large learning rates diverge."
+)
+PRESETS = mnist_rates.PRESETS
+run = mnist_rates.run
+
+_DIVERGES_ABOVE = 0.05  # of the caption
+_CLOSE = 0.005  # of validation error, in which two arms agree at the least
+
+
+def claims(records: Sequence[Record]) -> list[Claim]:
+    """Checks the gap at the baseline's rate, what diverges, and where the best rate lies."""
+    last, rates = last_epoch(records), rates_of(records)
+    baseline = rates[-1]
+    errors = {rate: final_errors(_asgd(records, rate), last) for rate in rates}
+    ssgd = final_errors(select(records, delay=0), last)
+    best = min(rates, key=lambda rate: errors[rate].mean())
+    eq_8 = min(rates, key=lambda rate: abs(np.log(rate * DELAY / baseline)))
+    spread = np.hypot(deviation(ssgd), deviation(errors[eq_8]))
+    chance = chance_error(records)
+    too_large = [rate for rate in rates if rate > _DIVERGES_ABOVE]
+    return [
+        at_least(
+            f"un-rescaled ({baseline:g}), A-SGD's validation error exceeds S-SGD's by",
+            errors[baseline].mean() - ssgd.mean(),
+            0.02,
+        ),
+        at_least(
+            f"share of the rates above {_DIVERGES_ABOVE} that end above half of chance's error",
+            float(np.mean([errors[rate].mean() > chance / 2 for rate in too_large])),
+            1.0,
+        ),
+        at_most(
+            "the best rate's distance from eq. 8's, as a factor",
+            float(np.exp(abs(np.log(best / eq_8)))),
+            2.001,
+        ),
+        at_most(
+            "at eq. 8's rate, validation error exceeds S-SGD's by "
+            f"(bound: {_CLOSE:.3f} or two standard deviations)",
+            errors[eq_8].mean() - ssgd.mean(),
+            float(np.fmax(_CLOSE, 2 * spread)),
+        ),
+    ]
+
+
+def plot(records: Sequence[Record]) -> Any:
+    """Returns the figure: training curves, and the final error against the learning rate."""
+    last, rates = last_epoch(records), rates_of(records)
+    epochs = range(1, last + 1)
+    figure, (left, right) = style.new_figure(2, width=6, height=4.4)
+    figure.suptitle(
+        f"Delay {DELAY}: the learning rate must be divided by the delay, or error grows",
+        fontsize=14,
+    )
+    ssgd = over_seeds(select(records, delay=0), epochs, "validation_error")
+    plot_curve(left, ssgd, color=style.BLACK, linestyle="--", label=f"S-SGD, {rates[-1]:g}")
+    shown = [rate for rate in rates if not did_diverge(_asgd(records, rate))][-4:]
+    for index, rate in enumerate(shown):
+        curve = over_seeds(_asgd(records, rate), epochs, "validation_error")
+        look: dict[str, Any] = {"color": style.COLOURS[index], "marker": style.MARKERS[index]}
+        plot_curve(left, curve, label=f"A-SGD, {rate:.2g}", markersize=5, **look)
+    left.set(xlabel="epoch", ylabel="validation error (%)", yscale="log")
+    left.set_title("training: validation error by learning rate")
+    left.legend(fontsize=10)
+    _plot_final(right, records, last, rates)
+    return figure
+
+
+def _plot_final(axis: Any, records: Sequence[Record], last: int, rates: Sequence[float]) -> None:
+    finals = [100 * final_errors(_asgd(records, rate), last) for rate in rates]
+    ssgd = 100 * final_errors(select(records, delay=0), last)
+    axis.axhline(ssgd.mean(), color=style.BLACK, linestyle="--", linewidth=1.3)
+    axis.text(
+        0.99, ssgd.mean(), "S-SGD, no delay", ha="right", va="bottom", fontsize=10,
+        transform=axis.get_yaxis_transform(),
+    )  # fmt: skip
+    axis.axvline(rates[-1] / DELAY, color=style.GREEN, linestyle=":", linewidth=1.6)
+    axis.text(rates[-1] / DELAY, 25, "eq. 8: S-SGD's \nrate / τ ", color=style.GREEN, ha="right")
+    axis.errorbar(
+        rates,
+        [values.mean() for values in finals],
+        [deviation(values) for values in finals],
+        color=style.BLUE,
+        marker="o",
+        capsize=3,
+    )
+    for rate, values in zip(rates, finals, strict=True):
+        if did_diverge(_asgd(records, rate)):
+            axis.annotate(
+                "diverges", (rate, values.mean()), (0, -14), textcoords="offset points",
+                ha="center", fontsize=9, color=style.RED,
+            )  # fmt: skip
+    axis.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="validation error (%)")
+    axis.set_title(f"after {last} epochs")
+
+
+def _asgd(records: Sequence[Record], rate: float) -> list[Record]:
+    return select(records, delay=DELAY, learning_rate=rate)

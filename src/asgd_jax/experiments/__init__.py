@@ -1,1 +1,0 @@
-"""What the paper shows, run from one command each."""
