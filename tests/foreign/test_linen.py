@@ -22,7 +22,7 @@ RULES = (("embed", "data"), ("mlp", "model"), ("out", None))
 
 
 class Model(nn.Module):
-    """A block of a language model's kind: fully sharded over `data`, tensor parallel over `model`."""
+    """A residual block: fully sharded over `data`, tensor parallel over `model`."""
 
     wrap: str = "none"
 

@@ -121,13 +121,24 @@ def test_split_and_merge_under_plain_jit():
     held.check_trajectory(INNER["sgd"](), gradient_of(model, data))
 
 
+def test_a_delay_that_grows_in_the_middle():
+    model, short = make()
+    data, held = batches(), Held(lambda update: min(3, update) if update < 5 else update - 2)
+    long = nnx.Optimizer(model, asgd_jax.delayed(INNER["sgd"](), 8), wrt=nnx.Param)
+    for index in range(NUM_STEPS):
+        if index == 5:
+            state = asgd_jax.resize_history(nnx.as_pure(short.opt_state), 8)
+            nnx.update(long.opt_state, nnx.state(state))
+        optimizer = short if index < 5 else long
+        held.check(*train_step(model, optimizer, jax.tree.map(lambda leaf: leaf[index], data)))
+
+
 OPTIONS = {
     "with_partitioning": lambda names: {
         "kernel_init": nnx.with_partitioning(nnx.initializers.lecun_normal(), names)
     },
     "out_sharding": lambda names: {"kernel_metadata": {"out_sharding": names}},
-    # What nnx.Optimizer takes instead of out_sharding, for its own variables. (Fails: init_ring gives
-    # this name no slot axis.)
+    # What nnx.Optimizer takes instead of out_sharding, for its own variables.
     "optimizer_sharding": lambda names: {
         "kernel_metadata": {"out_sharding": (None, None), "optimizer_sharding": names}
     },

@@ -8,6 +8,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from held import Held
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import asgd_jax
 from asgd_jax import delays
@@ -128,3 +130,25 @@ def test_orbax_itself_refuses_a_template_of_another_delay(tmp_path):
     states = [asgd_jax.delayed(INNER, delay).init(PARAMS) for delay in (3, 8)]
     with pytest.raises(ValueError, match=r"\(8, 2\) is not compatible with the stored shape"):
         standard(tmp_path, *states)
+
+
+def test_a_sharded_template_gives_every_slot_its_parameters_sharding(tmp_path, random_run):
+    tx, _, seen = random_run
+    mesh = jax.make_mesh((2,), ("data",))
+    specs = optax.tree.map_params(
+        tx,
+        lambda _, spec: spec,
+        seen[0][1],
+        {"w": P("data"), "b": P()},
+        transform_non_params=lambda _: P(),
+    )
+    template = jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
+        ),
+        seen[0][1],
+        specs,
+    )
+    state = standard(tmp_path, seen[SAVED_AT][1], template)
+    assert state.history.slots["w"].addressable_shards[0].data.shape == (4, 1, 2)
+    jax.tree.map(np.testing.assert_array_equal, state, seen[SAVED_AT][1])

@@ -1,4 +1,4 @@
-"""`jax.pmap` with half-precision gradients and a dynamic loss scale; steps that overflow are skipped.
+"""`jax.pmap`, half-precision gradients and a dynamic loss scale; steps that overflow are skipped.
 
 Delays count updates: a skipped step is none.
 """
