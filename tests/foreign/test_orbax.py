@@ -126,12 +126,6 @@ def test_another_delay_is_refused_and_a_resized_history_goes_on(codec, before, a
     held.check_trajectory(INNER, gradient)
 
 
-def test_orbax_itself_refuses_a_template_of_another_delay(tmp_path):
-    states = [asgd_jax.delayed(INNER, delay).init(PARAMS) for delay in (3, 8)]
-    with pytest.raises(ValueError, match=r"\(8, 2\) is not compatible with the stored shape"):
-        standard(tmp_path, *states)
-
-
 def test_a_sharded_template_gives_every_slot_its_parameters_sharding(tmp_path, random_run):
     tx, _, seen = random_run
     mesh = jax.make_mesh((2,), ("data",))
