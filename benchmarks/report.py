@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asgd_jax.training.report import environment, write_json
+from asgd_jax.training.folder.provenance import environment, write_json
 
 JSON_NAME = "bench.json"
 README_NAME = "README.md"

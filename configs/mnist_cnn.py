@@ -25,7 +25,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from asgd_jax.training import default_config
-from asgd_jax.training.arms import pick_arm
+from asgd_jax.training.config import pick_arm
 
 _DELAY = 31
 

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from asgd_jax.training import train
-from asgd_jax.training.metrics import read_rows
-from asgd_jax.training.preemption import run_command
-from asgd_jax.training.report import named_folder
+from asgd_jax.training.command import named_folder, run_command
+from asgd_jax.training.folder.metrics import read_rows
 from configs import digits
 from experiments import style
 

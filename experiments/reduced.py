@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from asgd_jax.training import train
-from asgd_jax.training.metrics import read_rows
+from asgd_jax.training.command import named_folder, run_command
+from asgd_jax.training.folder.metrics import read_rows
+from asgd_jax.training.folder.provenance import environment, write_json
+from asgd_jax.training.folder.table import write_records
 from asgd_jax.training.plan import num_classes
-from asgd_jax.training.preemption import run_command
-from asgd_jax.training.report import environment, named_folder, write_json
-from asgd_jax.training.run_table import write_records
 from experiments.claims import Claim, at_most
 
 Record = dict[str, float | int | str]

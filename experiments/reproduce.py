@@ -22,8 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from asgd_jax.training.report import environment, write_json
-from asgd_jax.training.run_table import Record, read_records, write_records
+from asgd_jax.training.folder.provenance import environment, write_json
+from asgd_jax.training.folder.table import Record, read_records, write_records
 from experiments import style
 
 _MODULES = "experiments.figures"

@@ -26,7 +26,7 @@ def main() -> int:
     )
     options = parser.parse_args()
 
-    from asgd_jax.training.report import named_folder
+    from asgd_jax.training.command import named_folder
     from benchmarks.result import Options
     from benchmarks.run import item_names, run_items
 

@@ -28,9 +28,7 @@ def main() -> int:
     parser.add_argument("--out", default="results", help="default: results")
     options = parser.parse_args()
 
-    from asgd_jax.training.compilation_cache import use_compilation_cache
-    from asgd_jax.training.preemption import run_command
-    from asgd_jax.training.report import named_folder
+    from asgd_jax.training.command import named_folder, run_command, use_compilation_cache
     from experiments import reproduce as figures
     from experiments.results_page import write_page
 

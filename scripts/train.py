@@ -38,8 +38,8 @@ def parse(arguments: Sequence[str]) -> Command:
     Raises:
       ValueError: one line about the first mistake.
     """
+    from asgd_jax.training.command import named_folder
     from asgd_jax.training.config import check_field
-    from asgd_jax.training.report import named_folder
 
     parser = _Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE[:ARM]", help="configs/X.py or configs/X.py:arm")
@@ -91,7 +91,7 @@ def load_config(address: str) -> ConfigDict:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the configuration; returns the exit code, see `run_command`."""
-    from asgd_jax.training.preemption import run_command
+    from asgd_jax.training.command import run_command
 
     return run_command("train.py", lambda: _run(parse(arguments)))
 
@@ -140,7 +140,7 @@ def quiet() -> None:
 
 
 if __name__ == "__main__":
-    from asgd_jax.training.compilation_cache import use_compilation_cache
+    from asgd_jax.training.command import use_compilation_cache
 
     quiet()
     use_compilation_cache()

@@ -23,7 +23,7 @@ import optax
 
 from asgd_jax import stability
 from asgd_jax.stability.arguments import Kind
-from asgd_jax.training.run_table import Record, add_runs, open_table, run_key
+from asgd_jax.training.folder.table import Record, add_runs, open_table, run_key
 from experiments import style
 from experiments.claims import Claim, at_most, deviation, near
 from experiments.departure import make_optimizer

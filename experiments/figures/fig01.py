@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from asgd_jax.training.run_table import Record
+from asgd_jax.training.folder.table import Record
 from experiments import style
 from experiments.claims import Claim, at_least, at_most, deviation
 from experiments.figures import mnist_rates

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from asgd_jax.training.run_table import Record
+from asgd_jax.training.folder.table import Record
 from experiments import style
 from experiments.claims import Claim, at_least, at_most
 from experiments.figures import resnet_arms

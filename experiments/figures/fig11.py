@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from asgd_jax.training import default_config
-from asgd_jax.training.run_table import Record
+from asgd_jax.training.folder.table import Record
 from asgd_jax.training.sweep import sweep
 from experiments import style
 from experiments.claims import Claim, at_least, at_most

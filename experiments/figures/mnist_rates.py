@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from asgd_jax.training import default_config
-from asgd_jax.training.run_table import Record
+from asgd_jax.training.folder.table import Record
 from asgd_jax.training.sweep import sweep
 from experiments.figures.training_runs import run_points, select, with_chance
 

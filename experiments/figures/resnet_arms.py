@@ -8,8 +8,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from asgd_jax.training import default_config
+from asgd_jax.training.folder.table import Record
 from asgd_jax.training.optimizer import effective_learning_rate
-from asgd_jax.training.run_table import Record
 from asgd_jax.training.sweep import point_config, sweep
 from experiments.figures.training_runs import (
     final_errors,

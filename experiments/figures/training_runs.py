@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from asgd_jax.training.folder.table import Record
 from asgd_jax.training.plan import num_classes
-from asgd_jax.training.run_table import Record
 from experiments.claims import deviation
 
 _TEN_CLASSES = 0.9  # error of a guess: of tables that are older than their column chance_error

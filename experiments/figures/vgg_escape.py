@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from asgd_jax import stability
 from asgd_jax.training import default_config
-from asgd_jax.training.run_table import Record
+from asgd_jax.training.folder.table import Record
 from experiments.escape import find_edges, reach_minimum
 from experiments.figures.training_runs import select
 from experiments.minima import digits_problem, find_minimum, measure_max_learning_rate

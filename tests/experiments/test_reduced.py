@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from asgd_jax.training.command import Preempted
 from asgd_jax.training.config import validate_config
-from asgd_jax.training.preemption import Preempted
 from experiments import reduced
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from asgd_jax.training.preemption import Preempted
+from asgd_jax.training.command import Preempted
 from experiments import reproduce as driver
 from experiments.figures import fig06
 from experiments.results_page import page

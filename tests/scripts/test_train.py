@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from asgd_jax.training.compilation_cache import use_compilation_cache
-from asgd_jax.training.report import named_folder
+from asgd_jax.training.command import named_folder, use_compilation_cache
 
 ROOT = Path(__file__).parents[2]
 BASE = f"--config={ROOT}/configs/digits.py"

@@ -11,8 +11,8 @@ import pytest
 from asgd_jax import data
 from asgd_jax.training import Batch, default_config, set_up, train
 from asgd_jax.training.chunk import NOT_DIVERGED, make_run_chunk
+from asgd_jax.training.folder.metrics import COLUMNS, read_rows
 from asgd_jax.training.loop import _sharpest_stable_minimum
-from asgd_jax.training.metrics import COLUMNS, read_rows
 from asgd_jax.training.optimizer import make_delay_process
 
 

@@ -15,13 +15,13 @@ from ml_collections import ConfigDict
 from asgd_jax import data
 from asgd_jax.training import Batch, set_up, train
 from asgd_jax.training.advance import make_advance
+from asgd_jax.training.folder.metrics import read_rows
 from asgd_jax.training.mesh import (
     batch_sharding,
     initialize_processes,
     make_mesh,
     replicated,
 )
-from asgd_jax.training.metrics import read_rows
 from asgd_jax.training.step import make_gradient
 
 ROOT = Path(__file__).parents[2]

@@ -17,10 +17,11 @@ from ml_collections import ConfigDict
 from tensorboardX.proto.event_pb2 import Event
 
 from asgd_jax.data import plan_batches
-from asgd_jax.training import metrics as metrics_module
-from asgd_jax.training import preemption, rerun, set_up, train
-from asgd_jax.training.checkpoint import last_step, open_checkpoints
-from asgd_jax.training.metrics import read_rows
+from asgd_jax.training import command, set_up, train
+from asgd_jax.training.folder import metrics as metrics_module
+from asgd_jax.training.folder import rerun
+from asgd_jax.training.folder.checkpoint import last_step, open_checkpoints
+from asgd_jax.training.folder.metrics import read_rows
 
 ROOT = Path(__file__).parents[2]
 # 16 updates and 8 rows an epoch; checkpoints at some of the rows, which are in mid-epoch.
@@ -137,7 +138,7 @@ def test_a_run_stopped_in_every_way_ends_as_one_never_stopped(unstopped, tmp_pat
     for number, at_row in ((signal.SIGTERM, 27), (signal.SIGINT, 43)):
         code, _, err = interrupt(start(tmp_path), tmp_path, number, at_row=at_row)
         step = last_step(tmp_path)
-        assert code == preemption.EXIT_CODE == 75
+        assert code == command.EXIT_CODE == 75
         assert err == [
             f"train.py: stopped at step {step}, which is saved: run the same command to resume"
         ]
@@ -276,7 +277,7 @@ def test_every_part_of_the_state_resumes_bit_for_bit(tiny_config, tmp_path, monk
     run(tiny_config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_at_row(patch, 3)
-        with pytest.raises(preemption.Preempted, match="stopped at step 15, which is saved"):
+        with pytest.raises(command.Preempted, match="stopped at step 15, which is saved"):
             run(tiny_config, tmp_path / "parts")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     run(tiny_config, tmp_path / "parts")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from asgd_jax.training import default_config, train
-from asgd_jax.training.metrics import read_rows
+from asgd_jax.training.folder.metrics import read_rows
 
 pytestmark = [pytest.mark.realdata, pytest.mark.slow]
 

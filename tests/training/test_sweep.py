@@ -11,7 +11,7 @@ import pytest
 from asgd_jax.training import default_config, train
 from asgd_jax.training import sweep as sweep_module
 from asgd_jax.training.feed import load_dataset
-from asgd_jax.training.metrics import read_rows
+from asgd_jax.training.folder.metrics import read_rows
 from asgd_jax.training.sweep import group_runs, point_config, sweep
 from experiments import single_runs as single_runs_module
 

@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -115,6 +116,32 @@ def check_field(config: ConfigDict, path: str) -> None:
             meant = f"did you mean {near[0]}?" if near else "default_config lists all fields"
             raise ValueError(f"unknown field {path}: {meant}")
         node = node[name]
+
+
+def pick_arm(arms: Mapping[str, dict[str, Any]], name: str, config_name: str) -> dict[str, Any]:
+    """Returns what an arm changes in the configuration that all arms of a file share.
+
+    Args:
+      arms: field -> value, by arm.
+      name: of the arm.
+      config_name: of the config file, for the message.
+
+    Returns:
+      A dict of its own, for `ConfigDict.update`.
+
+    Raises:
+      ValueError: for an unknown arm, listing the known ones.
+
+    >>> pick_arm({"ssgd": {"delay": 0}, "asgd": {"delay": 31}}, "asgd", "mnist_cnn")
+    {'delay': 31}
+    >>> pick_arm({"ssgd": {"delay": 0}}, "sgd", "mnist_cnn")
+    Traceback (most recent call last):
+    ...
+    ValueError: unknown arm 'sgd' of mnist_cnn: use one of ssgd
+    """
+    if name not in arms:
+        raise ValueError(f"unknown arm {name!r} of {config_name}: use one of {', '.join(arms)}")
+    return dict(arms[name])
 
 
 def validate_config(config: ConfigDict) -> None:

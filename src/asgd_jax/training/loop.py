@@ -13,21 +13,22 @@ from ml_collections import ConfigDict
 from asgd_jax import stability
 from asgd_jax.data import BatchPlan
 from asgd_jax.delays import DelayProcess
-from asgd_jax.training import metrics, optimizer, preemption, report, rerun
+from asgd_jax.training import optimizer
 from asgd_jax.training.advance import make_advance
-from asgd_jax.training.checkpoint import Checkpoints, open_checkpoints
 from asgd_jax.training.chunk import NOT_DIVERGED, ChunkTotals
-from asgd_jax.training.lock import hold_folder
+from asgd_jax.training.command import Preempted, catch_signals, progress_bar
+from asgd_jax.training.folder import metrics, provenance, rerun
+from asgd_jax.training.folder.checkpoint import Checkpoints, open_checkpoints
 from asgd_jax.training.placement import Placed
 from asgd_jax.training.progress import (
     Progress,
     add_chunk,
-    diverged_at,
     no_progress,
     progress_from_json,
     progress_to_json,
+    staleness_summary,
+    summarize,
 )
-from asgd_jax.training.progress_bar import progress_bar
 from asgd_jax.training.setup import Setup, make_validation, set_up
 from asgd_jax.training.state import TrainState, num_params
 from asgd_jax.training.step import gap
@@ -62,7 +63,7 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
     setup = set_up(config)
     plan = setup.feed.facts.plan
     advance, row_of = make_advance(config, setup), _make_row(config, setup)
-    with hold_folder(workdir), _open_run(config, setup, workdir, progress) as opened:
+    with rerun.hold_folder(workdir), _open_run(config, setup, workdir, progress) as opened:
         state, reached = opened.state, opened.reached
         placed = setup.placement.put(state)
         started -= reached.wall_seconds
@@ -76,7 +77,7 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
             opened.writer.write(row, np.asarray(totals.staleness))
             reached = add_chunk(reached, totals, row, seconds, time.perf_counter() - started)
             opened.bar.update(int(totals.steps))
-            if diverged_at(reached) is not None:
+            if reached.diverged_at is not None:
                 break
             stopping = (
                 opened.stop_requested() and reached.step < plan.steps_per_epoch * config.epochs
@@ -87,10 +88,10 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
                 error = row.get("validation_error")
                 opened.checkpoints.save(reached.step, state, progress_to_json(reached), error)
             if stopping:
-                raise preemption.Preempted(reached.step)
+                raise Preempted(reached.step)
     summary = _summarize(config, setup, reached)
     if jax.process_index() == 0:
-        report.write_json(workdir / "summary.json", summary)
+        provenance.write_json(workdir / "summary.json", summary)
     return summary
 
 
@@ -111,7 +112,7 @@ def _open_run(config: ConfigDict, setup: Setup, workdir: Path, progress: bool) -
     plan = setup.feed.facts.plan
     fingerprint = rerun.fingerprint(config) | rerun.data_fingerprint(config, plan)
     with contextlib.ExitStack() as stack:
-        stop_requested = stack.enter_context(preemption.catch_signals())
+        stop_requested = stack.enter_context(catch_signals())
         checkpoints = open_checkpoints(workdir, fingerprint, keep=config.keep_checkpoints)
         stack.callback(checkpoints.close)
         state, reached = _resume(config, setup, checkpoints)
@@ -130,7 +131,7 @@ def _resume(
     if restored is None:
         return setup.state, no_progress(setup.run.process.max_delay)
     state, content = restored
-    reached = progress_from_json(content, setup.run.process.max_delay)
+    reached = progress_from_json(content)
     epochs = reached.step / setup.feed.facts.plan.steps_per_epoch
     if epochs > config.epochs:
         raise ValueError(
@@ -146,7 +147,7 @@ def _open_folder(config: ConfigDict, workdir: Path, reached: Progress) -> metric
         return metrics.silent_writer()
     workdir.mkdir(parents=True, exist_ok=True)
     metrics.check_table(workdir, reached.step, reached.metrics_bytes)
-    report.write_json(workdir / "config.json", config.to_dict())  # first: it says whose table it is
+    provenance.write_json(workdir / "config.json", config.to_dict())  # first: whose table it is
     writer = metrics.open_writer(workdir, step=reached.step, num_bytes=reached.metrics_bytes)
     (workdir / "summary.json").unlink(missing_ok=True)  # of a run of fewer epochs
     return writer
@@ -173,7 +174,7 @@ def _make_row(config: ConfigDict, setup: Setup) -> Callable[..., metrics.Row]:
             "gap": distance,
             "relative_gap": relative,
             "steps_per_second": int(totals.steps) / seconds,
-            **metrics.summarize(totals),
+            **summarize(totals),
         }
         diverged = totals.diverged_at != NOT_DIVERGED
         if _is_evaluated(config, steps_per_epoch, epoch, stop) or diverged:
@@ -221,10 +222,10 @@ def _learning_rate_of(config: ConfigDict, steps_per_epoch: int) -> Callable[[int
 
 
 def _summarize(config: ConfigDict, setup: Setup, reached: Progress) -> dict[str, Any]:
-    mean, largest = metrics.staleness_summary(np.asarray(reached.totals.staleness))
+    mean, largest = staleness_summary(reached.staleness)
     return {
-        "status": "completed" if diverged_at(reached) is None else "diverged",
-        "diverged_at_step": diverged_at(reached),
+        "status": "completed" if reached.diverged_at is None else "diverged",
+        "diverged_at_step": reached.diverged_at,
         "steps": reached.step,
         "learning_rate": optimizer.effective_learning_rate(config),
         **_sharpest_stable_minimum(config, setup.run.process),
@@ -233,7 +234,7 @@ def _summarize(config: ConfigDict, setup: Setup, reached: Progress) -> dict[str,
         "staleness": {
             "mean": mean,
             "max": largest,
-            "histogram": np.asarray(reached.totals.staleness),
+            "histogram": reached.staleness,
             "num_clipped": optimizer.count_clipped(config, reached.step),
         },
         "batches": setup.feed.facts.plan._asdict(),
@@ -241,7 +242,7 @@ def _summarize(config: ConfigDict, setup: Setup, reached: Progress) -> dict[str,
         "steps_per_second": reached.step / reached.train_seconds,
         "wall_time_s": round(reached.wall_seconds, 3),
         "config": config.to_dict(),
-        **report.environment(),
+        **provenance.environment(),
     }
 
 

@@ -1,13 +1,12 @@
-"""How far a run has come: all that its summary needs, apart from the state."""
+"""How far a run has come, and what its rows and its summary say of the updates made."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from asgd_jax.training.chunk import NOT_DIVERGED, ChunkTotals, merge_totals, zero_totals
-from asgd_jax.training.metrics import Row
+from asgd_jax.training.chunk import NOT_DIVERGED, ChunkTotals
+from asgd_jax.training.folder.metrics import Row
 
 
 class Progress(NamedTuple):
@@ -15,25 +14,27 @@ class Progress(NamedTuple):
 
     Attributes:
       step: updates made.
-      totals: sums over all of them, on the host.
+      staleness: how many gradients of them had each staleness, (max_delay + 1,).
       last_row: the last row of metrics.csv.
       best_error: the smallest validation error so far; None before the first.
       metrics_bytes: length of metrics.csv.
       train_seconds: time spent in updates, wall_seconds: in all, by all processes of the run.
+      diverged_at: the update at which the run diverged, or None.
     """
 
     step: int
-    totals: ChunkTotals
+    staleness: np.ndarray
     last_row: Row
     best_error: float | None
     metrics_bytes: int
     train_seconds: float
     wall_seconds: float
+    diverged_at: int | None
 
 
 def no_progress(max_delay: int) -> Progress:
     """Returns the progress of a run that has made no update."""
-    return Progress(0, jax.device_get(zero_totals(max_delay)), {}, None, 0, 0.0, 0.0)
+    return Progress(0, np.zeros(max_delay + 1, np.int64), {}, None, 0, 0.0, 0.0, None)
 
 
 def add_chunk(
@@ -41,37 +42,51 @@ def add_chunk(
 ) -> Progress:
     """Returns the progress after a chunk whose updates took `seconds` and whose row is `row`."""
     errors = [progress.best_error, row.get("validation_error")]
+    diverged = totals.diverged_at != NOT_DIVERGED
     return progress._replace(
         step=int(row["step"] or 0),
-        totals=merge_totals(progress.totals, totals),
+        staleness=progress.staleness + np.asarray(totals.staleness),
         last_row=row,
         best_error=min((error for error in errors if error is not None), default=None),
         train_seconds=progress.train_seconds + seconds,
         wall_seconds=wall_seconds,
+        diverged_at=int(totals.diverged_at) if diverged else None,
     )
-
-
-def diverged_at(progress: Progress) -> int | None:
-    """Returns the update at which the run diverged, or None."""
-    step = int(progress.totals.diverged_at)
-    return None if step == NOT_DIVERGED else step
 
 
 def progress_to_json(progress: Progress) -> dict[str, Any]:
     """Returns the progress as JSON; floats keep all their bits."""
-    totals = {name: np.asarray(value).tolist() for name, value in progress.totals._asdict().items()}
-    return progress._asdict() | {"totals": totals}
+    return progress._asdict() | {"staleness": progress.staleness.tolist()}
 
 
-def progress_from_json(content: Mapping[str, Any], max_delay: int) -> Progress:
+def progress_from_json(content: Mapping[str, Any]) -> Progress:
     """Returns the progress that `progress_to_json` wrote.
 
-    >>> progress_from_json(progress_to_json(no_progress(3)), 3).totals.staleness
-    array([0, 0, 0, 0], dtype=int32)
+    >>> progress_from_json(progress_to_json(no_progress(3))).staleness
+    array([0, 0, 0, 0])
     """
-    like = no_progress(max_delay).totals
-    totals: dict[str, Any] = {
-        name: np.asarray(content["totals"][name], value.dtype)
-        for name, value in like._asdict().items()
+    return Progress(**{**content, "staleness": np.asarray(content["staleness"], np.int64)})
+
+
+def staleness_summary(histogram: np.ndarray) -> tuple[float, int]:
+    """Returns the mean and the largest staleness of a histogram of counts.
+
+    >>> staleness_summary(np.array([1, 0, 3]))
+    (1.5, 2)
+    """
+    counts = np.asarray(histogram)
+    ages = np.arange(counts.size)
+    return float(counts @ ages / max(counts.sum(), 1)), int(ages[counts > 0].max(initial=0))
+
+
+def summarize(totals: ChunkTotals) -> Row:
+    """Returns the columns of a row that come from the updates of a chunk."""
+    steps = max(int(totals.steps), 1)
+    mean, largest = staleness_summary(np.asarray(totals.staleness))
+    return {
+        "train_loss": float(totals.loss) / steps,
+        "train_error": float(totals.error) / steps,
+        "gradient_norm": float(totals.gradient_norm) / steps,
+        "staleness_mean": mean,
+        "staleness_max": largest,
     }
-    return Progress(**{**content, "totals": ChunkTotals(**totals)})

@@ -8,8 +8,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from asgd_jax.training import train
-from asgd_jax.training.metrics import read_rows
-from asgd_jax.training.run_table import Record
+from asgd_jax.training.folder.metrics import read_rows
+from asgd_jax.training.folder.table import Record
 
 Finished = list[tuple[int, list[Record]]]  # runs by their index, with their rows
 

@@ -16,13 +16,13 @@ from ml_collections import ConfigDict
 from asgd_jax.data.in_memory import Dataset
 from asgd_jax.delays import DelayProcess
 from asgd_jax.training import mesh as devices
-from asgd_jax.training import rerun
+from asgd_jax.training.command import progress_bar
 from asgd_jax.training.config import STREAMED, validate_config
 from asgd_jax.training.feed import feed_of, load_dataset, plan_of
+from asgd_jax.training.folder import rerun
+from asgd_jax.training.folder.table import Record, RunTable, add_runs, open_table, run_key
 from asgd_jax.training.optimizer import Values, effective_learning_rate, make_delay_process
 from asgd_jax.training.program import build_run, make_model, shape_of_params
-from asgd_jax.training.progress_bar import progress_bar
-from asgd_jax.training.run_table import Record, RunTable, add_runs, open_table, run_key
 from asgd_jax.training.single_runs import Finished, refuse_options, train_each, with_epochs
 from asgd_jax.training.state import PyTree, num_params
 from asgd_jax.training.sweep_program import (

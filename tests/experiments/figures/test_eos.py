@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from asgd_jax import stability
-from asgd_jax.training.run_table import open_table
+from asgd_jax.training.folder.table import open_table
 from experiments.departure import make_optimizer
 from experiments.figures import eos
 from experiments.sharpness_track import Sample, make_track

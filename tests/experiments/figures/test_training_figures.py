@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from asgd_jax.training import default_config
 from asgd_jax.training.config import validate_config
-from asgd_jax.training.run_table import read_records
+from asgd_jax.training.folder.table import read_records
 from experiments import reproduce as driver
 from experiments.figures import (
     fig01,

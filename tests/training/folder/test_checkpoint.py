@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from asgd_jax.training import checkpoint, set_up, train
+from asgd_jax.training import set_up, train
 from asgd_jax.training.advance import make_advance
-from asgd_jax.training.checkpoint import checksum, last_step, open_checkpoints, refuse_mismatch
+from asgd_jax.training.folder import checkpoint
+from asgd_jax.training.folder.checkpoint import checksum, last_step, open_checkpoints
+from asgd_jax.training.folder.provenance import refuse_mismatch
 
 FINGERPRINT = {"model": "mlp", "delay": 3}
 

@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asgd_jax.training.state import PyTree
+from asgd_jax.training.folder.provenance import Fingerprint, refuse_mismatch
+
+PyTree = Any
 
 FOLDER = "checkpoints"
-FORMAT = 1
+FORMAT = 2
 
-Fingerprint = Mapping[str, Any]
 Progress = dict[str, Any]
 
 
@@ -135,24 +136,6 @@ def refuse_pattern(workdir: Path) -> None:
             f"workdir={path!r} holds {special[0]!r}, which checkpoints cannot be kept below: "
             "name another folder"
         )
-
-
-def refuse_mismatch(found: Fingerprint, wanted: Fingerprint, where: Path) -> None:
-    """Raises the error that names the first field in which two fingerprints differ.
-
-    >>> refuse_mismatch({"delay": 3}, {"delay": 7}, Path("runs/a"))
-    Traceback (most recent call last):
-    ...
-    ValueError: runs/a has delay=3 and this configuration delay=7: name another workdir, or set
-    delay=3
-    """
-    for field in {**wanted, **found}:
-        there, here = found.get(field), wanted.get(field)
-        if there != here:
-            raise ValueError(
-                f"{where} has {field}={there!r} and this configuration {field}={here!r}: "
-                f"name another workdir, or set {field}={there!r}"
-            )
 
 
 @jax.jit

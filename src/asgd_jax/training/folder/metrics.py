@@ -3,14 +3,13 @@
 import csv
 import math
 import os
-from collections.abc import Callable
+import socket
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-
-from asgd_jax.training.chunk import ChunkTotals
-from asgd_jax.training.events import open_events
 
 COLUMNS = (
     "step",  # updates made
@@ -41,30 +40,6 @@ class Writer(NamedTuple):
     write: Callable[[Row, np.ndarray], None]
     num_bytes: Callable[[], int]
     close: Callable[[], None]
-
-
-def staleness_summary(histogram: np.ndarray) -> tuple[float, int]:
-    """Returns the mean and the largest staleness of a histogram of counts.
-
-    >>> staleness_summary(np.array([1, 0, 3]))
-    (1.5, 2)
-    """
-    counts = np.asarray(histogram)
-    ages = np.arange(counts.size)
-    return float(counts @ ages / max(counts.sum(), 1)), int(ages[counts > 0].max(initial=0))
-
-
-def summarize(totals: ChunkTotals) -> Row:
-    """Returns the columns of a row that come from the updates of a chunk."""
-    steps = max(int(totals.steps), 1)
-    mean, largest = staleness_summary(np.asarray(totals.staleness))
-    return {
-        "train_loss": float(totals.loss) / steps,
-        "train_error": float(totals.error) / steps,
-        "gradient_norm": float(totals.gradient_norm) / steps,
-        "staleness_mean": mean,
-        "staleness_max": largest,
-    }
 
 
 def check_table(workdir: Path, step: int, num_bytes: int) -> None:
@@ -103,7 +78,7 @@ def open_writer(workdir: Path, *, step: int = 0, num_bytes: int = 0) -> Writer:
     if num_bytes == 0:
         table.writeheader()
         file.flush()
-    write_event, close_events = open_events(workdir, step)
+    write_event, close_events = _open_events(workdir, step)
 
     def write(row: Row, histogram: np.ndarray) -> None:
         table.writerow({name: _text(row.get(name)) for name in COLUMNS})
@@ -116,7 +91,6 @@ def open_writer(workdir: Path, *, step: int = 0, num_bytes: int = 0) -> Writer:
         write_event(int(row["step"] or 0), scalars, histogram)
 
     def count() -> int:
-        file.flush()
         os.fsync(file.fileno())
         return os.fstat(file.fileno()).st_size
 
@@ -125,6 +99,51 @@ def open_writer(workdir: Path, *, step: int = 0, num_bytes: int = 0) -> Writer:
         close_events()
 
     return Writer(write, count, close)
+
+
+def _open_events(workdir: Path, step: int) -> tuple[Callable[..., None], Callable[[], None]]:
+    """Opens an event file of a run that has made `step` updates.
+
+    Written in the calling thread: what was written is in the file. tensorboardX's SummaryWriter
+    hands events to a thread; when the disk is full that thread dies, and the run waits forever.
+    TensorBoard shows nothing of earlier files of the folder beyond that step.
+
+    Returns:
+      `write(step, scalars, staleness_histogram)` and `close()`.
+    """
+    from tensorboardX import RecordWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.summary import histogram_raw, scalar
+
+    # The step keeps two files apart that are opened within a second.
+    name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{step}"
+    records = RecordWriter(str(workdir / name))
+
+    def put(**fields: object) -> None:
+        records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    put(file_version="brain.Event:2")
+    put(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(step: int, scalars: Mapping[str, float], histogram: np.ndarray) -> None:
+        counts = np.asarray(histogram)
+        ages = np.arange(counts.size)
+        staleness = histogram_raw(
+            "staleness",
+            min=0.0,
+            max=float(counts.size - 1),
+            num=int(counts.sum()),
+            sum=float(counts @ ages),
+            sum_squares=float(counts @ ages**2),
+            bucket_limits=[age + 0.5 for age in ages.tolist()],
+            bucket_counts=counts.tolist(),
+        )
+        parts = [*(scalar(name, value) for name, value in scalars.items()), staleness]
+        put(step=step, summary=Summary(value=[part.value[0] for part in parts]))
+        records.flush()
+
+    return write, records.close
 
 
 def silent_writer() -> Writer:

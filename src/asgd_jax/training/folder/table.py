@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from asgd_jax.training.checkpoint import refuse_mismatch
-from asgd_jax.training.report import write_json
+from asgd_jax.training.folder.provenance import plain, read_json, refuse_mismatch, write_json
 
 Record = dict[str, Any]
 
@@ -46,9 +45,10 @@ def holds_fingerprint(file: Path, fingerprint: Mapping[str, Any]) -> bool:
     Raises:
       ValueError: when the file holds another one, naming the first field that differs.
     """
-    if file.exists():
-        refuse_mismatch(json.loads(file.read_text()), fingerprint, file.parent)
-    return file.exists()
+    found = read_json(file)
+    if found is not None:
+        refuse_mismatch(found, fingerprint, file.parent)
+    return found is not None
 
 
 def open_table(work: Path, fingerprint: Mapping[str, Any]) -> RunTable:
@@ -61,7 +61,7 @@ def open_table(work: Path, fingerprint: Mapping[str, Any]) -> RunTable:
     Raises:
       ValueError: when the folder's runs were made under another fingerprint.
     """
-    wanted = json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
+    wanted = plain(dict(sorted(fingerprint.items())))
     holds_fingerprint(work / "fingerprint.json", wanted)
     file = work / "records.csv"
     return RunTable(file, wanted, _read_runs(file) if file.exists() else {})

@@ -1,11 +1,14 @@
-"""Being stopped: SIGTERM and SIGINT end a run at the next row, with a checkpoint."""
+"""What a command does around its runs: signals, exit codes, progress bar, compiled programs."""
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
@@ -88,3 +91,73 @@ def run_command(program: str, command: Callable[[], None], *, stopped: str | Non
         return 0
     print(f"{program}: {line}", file=sys.stderr)
     return code
+
+
+def named_folder(text: str, option: str) -> Path:
+    """Returns the folder that an option of a command line names; `~` is a home folder.
+
+    Raises:
+      ValueError: for an address, or the home folder of nobody.
+
+    >>> named_folder("gs://bucket/run", "workdir")
+    Traceback (most recent call last):
+    ...
+    ValueError: workdir='gs://bucket/run' must be a folder: mount the bucket (gcsfuse) and name its
+    mount point
+    """
+    if "://" in text:
+        raise ValueError(
+            f"{option}={text!r} must be a folder: mount the bucket (gcsfuse) and name its mount "
+            "point"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{option}={text!r} begins with a home folder that is not known: name the whole path, "
+            f"or ./{text}"
+        ) from error
+
+
+def progress_bar(total: int, *, unit: str, initial: int = 0, show: bool = True) -> Any:
+    """Returns tqdm's bar, a context manager with `update(n)`; silent where no terminal sees it.
+
+    Args:
+      total: units in all.
+      unit: what is counted.
+      initial: units done already.
+      show: False for silence on a terminal too.
+    """
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=initial, unit=unit, disable=not (show and _on_terminal()))
+
+
+def _on_terminal() -> bool:
+    # None where the descriptor is closed (`2>&-`); a stand-in for a stream may lack the method.
+    try:
+        return bool(sys.stderr.isatty())
+    except (AttributeError, ValueError, OSError):
+        return False
+
+
+def use_compilation_cache() -> str | None:
+    """Turns JAX's persistent compilation cache on, for scripts; returns its folder.
+
+    JAX_COMPILATION_CACHE_DIR names the folder; without it, one in the user's cache folder
+    (XDG_CACHE_HOME or ~/.cache). What is kept there are programs, found by their code, options
+    and versions: deleting the folder costs nothing but time, and so does having none: where there
+    is no home folder, or it cannot be written to, the cache stays off and None is returned.
+    """
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")  # JAX reads it by itself
+    if not folder:
+        try:
+            home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+            folder = str(Path(home) / "asgd_jax" / "compiled")
+            os.makedirs(folder, exist_ok=True)
+        except (OSError, RuntimeError):  # pathlib's, for a user without a home
+            return None
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            return None
+        jax.config.update("jax_compilation_cache_dir", folder)
+    return folder

@@ -1,16 +1,21 @@
-"""What a rerun of a command finds in its folder: whose run it is, and whether it is finished."""
+"""What a command finds in a run's folder: whose run it is, if it is finished, who writes there."""
 
-import json
 import math
 import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from asgd_jax.data import BatchPlan
-from asgd_jax.training.checkpoint import last_step, refuse_mismatch, refuse_pattern
+from asgd_jax.training.folder.checkpoint import last_step, refuse_pattern
+from asgd_jax.training.folder.provenance import plain, read_json, refuse_mismatch
 
+LOCK = ".lock"
 # Fields that a resumed run may change: they decide how long it is, what it reports and where it
 # runs, not the path of its parameters.
 FREE_FIELDS = (
@@ -39,16 +44,22 @@ def fingerprint(config: ConfigDict) -> dict[str, Any]:
     {'decay_epochs': [5, 8], 'delay': 3}
     """
     fields = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
-    return json.loads(json.dumps(fields, sort_keys=True))
+    return plain(dict(sorted(fields.items())))
 
 
 def data_fingerprint(config: ConfigDict, plan: BatchPlan) -> dict[str, Any]:
     """Returns what the configuration only points at: the number of samples, the recorded trace."""
-    trace = config.delay_trace if config.delay_distribution == "trace" else None
     return {
         "number of samples": plan.num_samples,
-        "checksum of delay_trace": zlib.crc32(Path(trace).read_bytes()) if trace else None,
+        "checksum of delay_trace": trace_checksum(config),
     }
+
+
+def trace_checksum(config: ConfigDict) -> int | None:
+    """Returns the checksum of the recorded trace that a configuration names, or None."""
+    if config.delay_distribution != "trace":
+        return None
+    return zlib.crc32(Path(config.delay_trace).read_bytes())
 
 
 def finished_summary(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
@@ -59,7 +70,7 @@ def finished_summary(workdir: Path, config: ConfigDict) -> dict[str, Any] | None
         or could keep no checkpoints.
     """
     refuse_pattern(workdir)
-    saved, summary = _read(workdir / "config.json"), _read(workdir / "summary.json")
+    saved, summary = read_json(workdir / "config.json"), read_json(workdir / "summary.json")
     if saved is None:
         if summary is not None or (workdir / "metrics.csv").exists():
             raise ValueError(f"{workdir} has no config.json, so is no run: name another workdir")
@@ -86,14 +97,35 @@ def finished_summary(workdir: Path, config: ConfigDict) -> dict[str, Any] | None
     return summary | {"final": last}
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, None where there is no file."""
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object, so is no run's: name another workdir")
-    return content
+@contextmanager
+def hold_folder(workdir: Path) -> Iterator[None]:
+    """Within it, no other run can hold `workdir`, which is made if it does not exist.
+
+    An advisory lock on `workdir`/.lock that the system gives up when the process ends, in whatever
+    way, so a file that was left behind locks nobody out. Of several processes of one run the first
+    holds it for all. Where nothing can be locked (a file system without locks, a folder that is
+    read-only) nothing is.
+
+    Raises:
+      ValueError: when another process holds the folder.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, hold_folder(Path(folder)):
+    ...     (Path(folder) / LOCK).exists()
+    True
+    """
+    with ExitStack() as stack:
+        if jax.process_index() == 0:
+            # No soft lock, a file that a killed process would leave behind for good.
+            lock = FileLock(workdir / LOCK, blocking=False, fallback_to_soft=False)
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock)
+            except Timeout:
+                raise ValueError(
+                    f"{workdir} is in use by another process that trains there: "
+                    "wait for it, stop it, or name another workdir"
+                ) from None
+            except OSError:  # what the run writes first says it better
+                pass
+        yield

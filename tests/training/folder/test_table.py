@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from asgd_jax.training.run_table import (
+from asgd_jax.training.folder.table import (
     add_runs,
     open_table,
     read_records,
@@ -13,7 +13,7 @@ from asgd_jax.training.run_table import (
     write_records,
 )
 
-COMMITTED = sorted((Path(__file__).parents[2] / "results").glob("*/records.csv"))
+COMMITTED = sorted((Path(__file__).parents[3] / "results").glob("*/records.csv"))
 
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.parent.name)

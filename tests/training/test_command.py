@@ -1,18 +1,23 @@
-"""The persistent cache: where it lies, and that a second process compiles nothing again."""
+"""Around a run: programs are kept for the next process, and no terminal is no reason to end."""
 
+import io
+import json
 import os
 import pwd
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from asgd_jax.training.compilation_cache import use_compilation_cache
+from asgd_jax.training.command import progress_bar, use_compilation_cache
 
+ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import jax, jax.numpy as jnp
-from asgd_jax.training.compilation_cache import use_compilation_cache
+from asgd_jax.training.command import use_compilation_cache
 print(use_compilation_cache())
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 print(float(jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x))(jnp.arange(8.0))))
@@ -76,3 +81,48 @@ def test_where_no_folder_can_be_had_the_cache_stays_off(monkeypatch, cache_optio
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "read_only"))
     assert use_compilation_cache() is None
     assert cache_option() == before
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize(
+    "stream", [None, SimpleNamespace(), closed()], ids=["none", "no", "closed"]
+)
+def test_no_bar_without_a_terminal(monkeypatch, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress_bar(3, unit="step") as bar:
+        bar.update(2)
+        assert bar.disable
+
+
+def test_a_terminal_shows_it_unless_told_not_to(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress_bar(4, unit="epoch", initial=1, show=False):
+        assert terminal.getvalue() == ""
+    with progress_bar(4, unit="epoch", initial=1) as bar:
+        bar.update(3)
+    assert "4/4" in terminal.getvalue()
+    assert "epoch" in terminal.getvalue()
+
+
+def test_train_with_standard_error_closed(tmp_path):
+    arguments = [
+        "--config=configs/digits.py", "--config.model=mlp", "--config.num_train=64",
+        "--config.num_workers=1", "--config.worker_batch_size=32", "--config.epochs=1",
+        f"--workdir={tmp_path}",
+    ]  # fmt: skip
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "scripts/train.py", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout[:23]) == (0, "completed after 2 steps")
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "completed"
