@@ -46,6 +46,19 @@ def test_the_regime_multiplies_and_never_replaces():
     assert float(make_multiplier(default_config(), 10)(jnp.asarray(7))) == 1.0
 
 
+def test_the_regime_is_its_closed_form_however_late_or_close_its_decays_are():
+    """Decays that share an update both count; one beyond int32 never comes."""
+    config = config_with(
+        warmup_epochs=0.5, warmup_from=0.1, decay_epochs=(0.2, 0.21, 3, 2**30), decay_factor=0.3
+    )
+    multiplier = jax.jit(make_multiplier(config, steps_per_epoch=10))
+    steps = np.asarray([0, 1, 2, 4, 5, 29, 30, 2**31 - 1], np.int32)
+    ramp = 0.1 + 0.9 * np.minimum(steps / 5, 1)
+    expected = ramp * 0.3 ** (2.0 * (steps >= 2) + (steps >= 30))
+    measured = [float(multiplier(step)) for step in steps]
+    np.testing.assert_allclose(measured, expected, rtol=1e-6)
+
+
 def test_delay_distributions_have_the_mean_of_the_configured_delay(tmp_path):
     for distribution in ("constant", "uniform", "normal"):
         process = make_delay_process(

@@ -1,12 +1,10 @@
 """The optimizer, the delay and the learning rate that a configuration describes."""
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -109,25 +107,21 @@ def effective_learning_rate(config: ConfigDict) -> float:
     )
 
 
-def make_multiplier(config: ConfigDict, steps_per_epoch: int) -> Callable[[jax.Array], jax.Array]:
+def make_multiplier(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
     """Returns the regime: what the learning rate is multiplied by at each update.
 
     A linear ramp from `warmup_from` to 1 over `warmup_epochs`, times `decay_factor` from each of
     `decay_epochs` on. It multiplies whatever learning rate was asked for and replaces none.
     """
-    warmup_steps = config.warmup_epochs * steps_per_epoch
-    boundaries = [round(epoch * steps_per_epoch) for epoch in config.decay_epochs]
-
-    def multiplier(count: jax.Array) -> jax.Array:
-        value = jnp.ones((), jnp.float32)
-        if warmup_steps:
-            progress = jnp.minimum(count.astype(jnp.float32) / warmup_steps, 1.0)
-            value = config.warmup_from + (1.0 - config.warmup_from) * progress
-        for boundary in boundaries:
-            value = jnp.where(count >= boundary, value * config.decay_factor, value)
-        return value
-
-    return multiplier
+    ramp = optax.constant_schedule(1.0)
+    if config.warmup_epochs:
+        warmup_steps = config.warmup_epochs * steps_per_epoch
+        ramp = optax.linear_schedule(config.warmup_from, 1.0, warmup_steps)
+    # What is beyond int32 no count of updates reaches; two decays may round to one update.
+    steps = [round(epoch * steps_per_epoch) for epoch in config.decay_epochs]
+    scales = {step: config.decay_factor ** steps.count(step) for step in steps if step < 2**31}
+    decays = optax.piecewise_constant_schedule(1.0, scales)
+    return lambda count: ramp(count) * decays(count)
 
 
 class Values(NamedTuple):
