@@ -20,12 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from asgd_jax.checksum import checksum
 from asgd_jax.training.folder.provenance import Fingerprint, refuse_mismatch
 
 PyTree = Any
 
 FOLDER = "checkpoints"
 FORMAT = 2
+# A storage format can lose a piece and read zeros in its place; this cannot be fooled so.
+_checksum = jax.jit(checksum)
 
 Progress = dict[str, Any]
 
@@ -88,7 +91,7 @@ def open_checkpoints(workdir: Path, fingerprint: Fingerprint, *, keep: int = 3) 
             "format": FORMAT,
             "fingerprint": dict(fingerprint),
             "leaves": _describe(state),
-            "checksum": checksum(state),
+            "checksum": int(_checksum(state)),
             "progress": progress,
         }
         meta["own_checksum"] = _text_checksum(meta)
@@ -136,47 +139,6 @@ def refuse_pattern(workdir: Path) -> None:
             f"workdir={path!r} holds {special[0]!r}, which checkpoints cannot be kept below: "
             "name another folder"
         )
-
-
-@jax.jit
-def _checksum(state: PyTree) -> jax.Array:
-    total = jnp.zeros((), jnp.uint32)
-    for leaf in jax.tree.leaves(state):
-        bits = _bits(leaf)
-        # Every position scrambles its bits in a way of its own, and one to one: no single change,
-        # and hardly a swap, goes unnoticed.
-        weight = jnp.ones(bits.shape, jnp.uint32)
-        stride = 2
-        for axis in reversed(range(bits.ndim)):
-            index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-            weight += index * jnp.uint32(stride % 2**32)
-            stride *= bits.shape[axis]
-        total = total * jnp.uint32(1_000_003) + jnp.sum(
-            _scramble(bits ^ (weight * jnp.uint32(0x9E3779B9))), dtype=jnp.uint32
-        )
-    return total
-
-
-def _scramble(bits: jax.Array) -> jax.Array:
-    """The final mix of MurmurHash3, a bijection of 32-bit words."""
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-    return bits ^ (bits >> 16)
-
-
-def _bits(leaf: jax.Array) -> jax.Array:
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return leaf.astype(jnp.uint32)
-    width = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
-    return jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
-
-
-def checksum(state: PyTree) -> int:
-    """Returns 32 bits that depend on every bit of a state, computed where the state is.
-
-    A storage format can lose a piece and read zeros in its place; this cannot be fooled so.
-    """
-    return int(_checksum(state))
 
 
 def last_step(workdir: Path) -> int | None:
@@ -283,7 +245,7 @@ def _restore_state(manager: Any, step: int, template: PyTree, meta: Mapping[str,
         out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes),
     )
     state = copy(found["state"])
-    if checksum(state) != meta["checksum"]:
+    if int(_checksum(state)) != meta["checksum"]:
         raise _damaged(checkpoint, "its checksum is wrong")
     return state
 
