@@ -15,11 +15,26 @@ from asgd_jax.training.batch_stats import MODES as BATCH_STATS_MODES
 
 STREAMED = ("imagenet2012",)  # data sets that are read from disk while training
 _IN_MEMORY_ONLY = ("normalize", "num_train", "num_validation", "augment")
-DELAY_DISTRIBUTIONS = ("constant", "uniform", "normal", "workers", "trace")
-LEARNING_RATE_RULES = ("none", "inverse", "exact", "sqrt")
-MOMENTUM_KINDS = ("heavy_ball", "nesterov", "shifted")
-OPTIMIZERS = ("sgd", "adam", "adamw")
-
+_CHOICES = {
+    "delay_distribution": ("constant", "uniform", "normal", "workers", "trace"),
+    "learning_rate_rule": ("none", "inverse", "exact", "sqrt"),
+    "momentum_kind": ("heavy_ball", "nesterov", "shifted"),
+    "optimizer": ("sgd", "adam", "adamw"),
+    "weight_decay_on": ("all", "kernels"),
+    "worker_schedule": ("random", "normal"),
+    "batch_stats": BATCH_STATS_MODES,
+    "parallelism": ("jit", "pmap"),
+}
+_POSITIVE = (
+    "learning_rate", "epochs", "eval_every_epochs", "eval_batch_size", "divergence_loss", "width",
+    "delay_std", "keep_checkpoints", "image_size", "recalibration_batches", "coordinator_timeout",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "warmup_epochs", "warmup_from", "weight_decay", "decay_factor", "checkpoint_every_epochs",
+)  # fmt: skip
+_POSITIVE_OR_NONE = (
+    "clip_norm", "log_every_steps", "num_train", "num_validation", "checkpoint_every_steps",
+)  # fmt: skip
 _LARGEST = 2**31 - 1  # steps and samples are counted in int32
 
 
@@ -159,14 +174,9 @@ def validate_config(config: ConfigDict) -> None:
     """
     _fields(config)
     _refuse_unused(config)
-    _choice(config, "delay_distribution", DELAY_DISTRIBUTIONS)
-    _choice(config, "learning_rate_rule", LEARNING_RATE_RULES)
-    _choice(config, "momentum_kind", MOMENTUM_KINDS)
-    _choice(config, "optimizer", OPTIMIZERS)
-    _choice(config, "weight_decay_on", ("all", "kernels"))
-    _choice(config, "worker_schedule", ("random", "normal"))
-    _choice(config, "batch_stats", BATCH_STATS_MODES)
-    _choice(config, "parallelism", ("jit", "pmap"))
+    for field, known in _CHOICES.items():
+        if config[field] not in known:
+            raise ValueError(f"unknown {field}={config[field]!r}: use one of {', '.join(known)}")
     if config.parallelism == "pmap" and config.shard_history:
         raise ValueError("shard_history=True needs parallelism='jit': pmap keeps whole replicas")
     plan_batches(
@@ -176,23 +186,13 @@ def validate_config(config: ConfigDict) -> None:
         delay=config.delay,
     )
     _number(config, "seed", at_least=0, below=2**32)  # PRNGKey drops the bits above
-    _number(config, "learning_rate", above=0)
-    _number(config, "epochs", above=0)
-    _number(config, "eval_every_epochs", above=0)
-    _number(config, "eval_batch_size", above=0)
-    _number(config, "divergence_loss", above=0)
-    _number(config, "width", above=0)
-    _number(config, "delay_std", above=0)
-    for field in ("warmup_epochs", "warmup_from", "weight_decay", "decay_factor"):
-        _number(config, field, at_least=0)
-    _number(config, "keep_checkpoints", above=0)
-    _number(config, "checkpoint_every_epochs", at_least=0)
-    _number(config, "momentum", at_least=0, below=1)
-    _number(config, "label_smoothing", at_least=0, below=1)
-    for field in ("image_size", "recalibration_batches", "coordinator_timeout"):
+    for field in _POSITIVE:
         _number(config, field, above=0)
-    optional = ("clip_norm", "log_every_steps", "num_train", "num_validation")
-    for field in (*optional, "checkpoint_every_steps"):
+    for field in _NOT_NEGATIVE:
+        _number(config, field, at_least=0)
+    for field in ("momentum", "label_smoothing"):
+        _number(config, field, at_least=0, below=1)
+    for field in _POSITIVE_OR_NONE:
         if config[field] is not None:
             _number(config, field, above=0)
     _increasing(config, "decay_epochs")
@@ -230,11 +230,6 @@ def _refuse_unused(config: ConfigDict) -> None:
                 f"{field}={config[field]!r} has no meaning for dataset={config.dataset!r}, which "
                 f"is {kind}: leave it at {defaults[field]!r}"
             )
-
-
-def _choice(config: ConfigDict, field: str, known: tuple[str, ...]) -> None:
-    if config[field] not in known:
-        raise ValueError(f"unknown {field}={config[field]!r}: use one of {', '.join(known)}")
 
 
 def _number(
