@@ -231,9 +231,8 @@ def _resolved(points: Sequence[Point], configs: Sequence[ConfigDict]) -> list[di
 
 def _identity(point: Point, config: ConfigDict) -> dict[str, Any]:
     """What a run's key holds: the point, and the content of the trace that it names."""
-    if config.delay_distribution != "trace":
-        return dict(point)
-    return {**point, "trace": zlib.crc32(Path(config.delay_trace).read_bytes())}
+    trace = rerun.trace_checksum(config)
+    return dict(point) if trace is None else {**point, "trace": trace}
 
 
 def group_runs(
