@@ -24,8 +24,6 @@ from asgd_jax.training.progress import (
     Progress,
     add_chunk,
     no_progress,
-    progress_from_json,
-    progress_to_json,
     staleness_summary,
     summarize,
 )
@@ -86,7 +84,7 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
                 reached = reached._replace(metrics_bytes=opened.writer.num_bytes())
                 state = setup.placement.get(placed)
                 error = row.get("validation_error")
-                opened.checkpoints.save(reached.step, state, progress_to_json(reached), error)
+                opened.checkpoints.save(reached.step, state, reached._asdict(), error)
             if stopping:
                 raise Preempted(reached.step)
     summary = _summarize(config, setup, reached)
@@ -131,7 +129,7 @@ def _resume(
     if restored is None:
         return setup.state, no_progress(setup.run.process.max_delay)
     state, content = restored
-    reached = progress_from_json(content)
+    reached = Progress(**content)
     epochs = reached.step / setup.feed.facts.plan.steps_per_epoch
     if epochs > config.epochs:
         raise ValueError(

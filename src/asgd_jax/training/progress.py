@@ -1,7 +1,7 @@
 """How far a run has come, and what its rows and its summary say of the updates made."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,11 +10,11 @@ from asgd_jax.training.folder.metrics import Row
 
 
 class Progress(NamedTuple):
-    """What a run has left behind up to a step, apart from its state.
+    """What a run has left behind up to a step, apart from its state; values that JSON holds.
 
     Attributes:
       step: updates made.
-      staleness: how many gradients of them had each staleness, (max_delay + 1,).
+      staleness: how many of their gradients had staleness 0, ..., max_delay.
       last_row: the last row of metrics.csv.
       best_error: the smallest validation error so far; None before the first.
       metrics_bytes: length of metrics.csv.
@@ -23,7 +23,7 @@ class Progress(NamedTuple):
     """
 
     step: int
-    staleness: np.ndarray
+    staleness: list[int]
     last_row: Row
     best_error: float | None
     metrics_bytes: int
@@ -34,7 +34,7 @@ class Progress(NamedTuple):
 
 def no_progress(max_delay: int) -> Progress:
     """Returns the progress of a run that has made no update."""
-    return Progress(0, np.zeros(max_delay + 1, np.int64), {}, None, 0, 0.0, 0.0, None)
+    return Progress(0, [0] * (max_delay + 1), {}, None, 0, 0.0, 0.0, None)
 
 
 def add_chunk(
@@ -45,7 +45,7 @@ def add_chunk(
     diverged = totals.diverged_at != NOT_DIVERGED
     return progress._replace(
         step=int(row["step"] or 0),
-        staleness=progress.staleness + np.asarray(totals.staleness),
+        staleness=np.add(progress.staleness, totals.staleness, dtype=np.int64).tolist(),
         last_row=row,
         best_error=min((error for error in errors if error is not None), default=None),
         train_seconds=progress.train_seconds + seconds,
@@ -54,24 +54,10 @@ def add_chunk(
     )
 
 
-def progress_to_json(progress: Progress) -> dict[str, Any]:
-    """Returns the progress as JSON; floats keep all their bits."""
-    return progress._asdict() | {"staleness": progress.staleness.tolist()}
-
-
-def progress_from_json(content: Mapping[str, Any]) -> Progress:
-    """Returns the progress that `progress_to_json` wrote.
-
-    >>> progress_from_json(progress_to_json(no_progress(3))).staleness
-    array([0, 0, 0, 0])
-    """
-    return Progress(**{**content, "staleness": np.asarray(content["staleness"], np.int64)})
-
-
-def staleness_summary(histogram: np.ndarray) -> tuple[float, int]:
+def staleness_summary(histogram: Sequence[int] | np.ndarray) -> tuple[float, int]:
     """Returns the mean and the largest staleness of a histogram of counts.
 
-    >>> staleness_summary(np.array([1, 0, 3]))
+    >>> staleness_summary([1, 0, 3])
     (1.5, 2)
     """
     counts = np.asarray(histogram)

@@ -30,8 +30,6 @@ FORMAT = 2
 # A storage format can lose a piece and read zeros in its place; this cannot be fooled so.
 _checksum = jax.jit(checksum)
 
-Progress = dict[str, Any]
-
 
 class Checkpoints(NamedTuple):
     """The checkpoints of a run. In a run of several processes all of them call, at the same steps.
@@ -49,7 +47,7 @@ class Checkpoints(NamedTuple):
     """
 
     save: Callable[..., None]
-    restore: Callable[[PyTree], tuple[PyTree, Progress] | None]
+    restore: Callable[[PyTree], tuple[PyTree, dict[str, Any]] | None]
     close: Callable[[], None]
 
 
@@ -83,7 +81,9 @@ def open_checkpoints(workdir: Path, fingerprint: Fingerprint, *, keep: int = 3) 
         if step is not None and jax.process_index() == 0:
             _read_back(folder / str(step))
 
-    def save(step: int, state: PyTree, progress: Progress, error: float | None = None) -> None:
+    def save(
+        step: int, state: PyTree, progress: dict[str, Any], error: float | None = None
+    ) -> None:
         import orbax.checkpoint as ocp
 
         nonlocal unchecked
@@ -108,7 +108,7 @@ def open_checkpoints(workdir: Path, fingerprint: Fingerprint, *, keep: int = 3) 
                 raise OSError(f"step {step} is not later than step {manager.latest_step()}")
             unchecked = step
 
-    def restore(template: PyTree) -> tuple[PyTree, Progress] | None:
+    def restore(template: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
         if last is None or found is None:
             return None
         _refuse_other_leaves(found["leaves"], _describe(template), folder / str(last))

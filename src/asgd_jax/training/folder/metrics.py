@@ -57,7 +57,7 @@ def check_table(workdir: Path, step: int, num_bytes: int) -> None:
         )
 
 
-def open_writer(workdir: Path, *, step: int = 0, num_bytes: int = 0) -> Writer:
+def open_writer(workdir: Path, *, step: int, num_bytes: int) -> Writer:
     """Opens `metrics.csv` and a TensorBoard event file in `workdir`; rows are flushed one by one.
 
     A resumed run goes on where its checkpoint was written: later rows are cut off the table, and
