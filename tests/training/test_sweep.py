@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from asgd_jax.training import default_config, train
+from asgd_jax.training import single_runs as single_runs_module
 from asgd_jax.training import sweep as sweep_module
 from asgd_jax.training.feed import load_dataset
 from asgd_jax.training.folder.metrics import read_rows
 from asgd_jax.training.sweep import group_runs, point_config, sweep
-from experiments import single_runs as single_runs_module
 
 
 def small_config(**changes):
