@@ -45,3 +45,9 @@ def test_a_folder_is_made_with_its_first_run_and_holds_its_fingerprint(tmp_path)
     assert open_table(tmp_path / "new", {"epochs": [1, 2]}).runs == {"a": [{"loss": 1}]}
     with pytest.raises(ValueError, match=r"has epochs=\[1, 2\] and this configuration epochs=3"):
         open_table(tmp_path / "new", {"epochs": 3})
+
+
+def test_a_damaged_fingerprint_is_said_to_be_one(tmp_path):
+    (tmp_path / "fingerprint.json").write_text("{")
+    with pytest.raises(ValueError, match=r"fingerprint.json holds no JSON object"):
+        open_table(tmp_path, {"a": 1})
