@@ -6,7 +6,7 @@ A figure is a module of `experiments.figures` with
 * `PRESETS`: a configuration (NamedTuple or ConfigDict) for each preset that the figure has;
 * `run(config)`: a list of flat dicts with equal keys, the rows of the table; figures that train
   have `run(config, work)` instead, and keep in the folder `work` what a killed run continues from;
-* `plot(records)`: the matplotlib figure;
+* `plot(records)`: the matplotlib figure of that table, a pandas one;
 * `claims(records)`: a list of `Claim`;
 * `PROXY`, where the cpu preset stands in for something larger: what for, in a line.
 
@@ -21,6 +21,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from asgd_jax.training.report import environment, write_json
 from asgd_jax.training.run_table import Record, read_records, write_records
@@ -141,10 +143,9 @@ def _write(
         partial = Path(partial_name)
         write_records(partial / "records.csv", records)
         # As they are in the file, so that pictures and claims are functions of what is kept.
-        records = read_records(partial / "records.csv")
-        claims = [claim._asdict() for claim in module.claims(records)]
-        summary = description | {"claims": claims}
-        style.save(module.plot(records), partial / f"{name}.png")
+        table = pd.DataFrame(read_records(partial / "records.csv"))
+        summary = description | {"claims": [claim._asdict() for claim in module.claims(table)]}
+        style.save(module.plot(table), partial / f"{name}.png")
         write_json(partial / "summary.json", summary)
         folder = out / name
         folder.mkdir(exist_ok=True)
