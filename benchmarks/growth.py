@@ -1,15 +1,20 @@
-"""How cost grows with the delay, the parameters, the batch, the runs and the devices."""
+"""How cost grows with the delay, the parameters, the batch, the runs and the devices.
 
-import sys
+Run as a program it is its own worker, which has a mesh of fake devices.
+"""
+
 from typing import Any, NamedTuple
 
+import jax
 import optax
 
 import asgd_jax
-from benchmarks.harness import exponent, interleave, spread
+from asgd_jax.training import default_config
+from asgd_jax.training.setup import set_up
+from benchmarks.harness import exponent, interleave, spread, tree_bytes
 from benchmarks.loops import Loop, make_loop, make_problem
 from benchmarks.result import Options, Result, Row, Table
-from benchmarks.workers import WorkerFailed, start
+from benchmarks.workers import serve, start
 
 TITLE = "how time and memory grow, with fitted exponents"
 
@@ -122,9 +127,33 @@ def history_on_devices(counts: tuple[int, ...]) -> list[Row]:
       ValueError: when the process with the fake devices fails.
     """
     fake = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={max(counts)}"}
-    command = [sys.executable, "-m", "benchmarks.devices_worker"]
-    try:
-        with start(command, fake | {"JAX_PLATFORMS": "cpu"}) as worker:
-            return [worker.ask(devices=count) for count in counts]
-    except WorkerFailed as error:
-        raise ValueError(f"growth: the worker failed: {error}") from error
+    with start("growth", environment=fake | {"JAX_PLATFORMS": "cpu"}) as worker:
+        return [worker.ask(devices=count) for count in counts]
+
+
+def history_bytes(devices: int) -> dict[str, int]:
+    """Returns the bytes of the ring in all and on the device that holds most."""
+    config = default_config()
+    config.update(
+        model="mlp",
+        num_devices=devices,
+        shard_history=True,
+        num_workers=33,
+        delay=32,
+        worker_batch_size=8,
+    )
+    config.model_options.hidden = (256, 256)
+    history = set_up(config).state.opt_state.history
+    on_device = dict[int, int]()
+    for leaf in jax.tree.leaves(history):
+        for shard in leaf.addressable_shards:
+            on_device[shard.device.id] = on_device.get(shard.device.id, 0) + shard.data.nbytes
+    return {
+        "devices": devices,
+        "history (bytes/device)": max(on_device.values()),
+        "history (bytes)": tree_bytes(history),
+    }
+
+
+if __name__ == "__main__":
+    serve(lambda request: history_bytes(**request))

@@ -5,13 +5,15 @@
 """
 
 import argparse
-import math
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
+from tabulate import tabulate
 
 from asgd_jax.training import train
 from asgd_jax.training.metrics import read_rows
@@ -42,16 +44,26 @@ def run(out: Path) -> dict[str, dict[str, Any]]:
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
     """Returns the summaries as a table, a line an arm."""
-    heads = f"{'delay':>6}{'learning rate':>15}{'train loss':>12}{'validation error':>18}  outcome"
-    lines = [f"{'':38}{heads}"]
-    for name, summary in summaries.items():
-        final, diverged = summary["final"], summary["diverged_at_step"]
-        outcome = "converged" if diverged is None else f"diverged at step {diverged}"
-        lines.append(
-            f"{name:38}{summary['batches']['delay']:>6}{summary['learning_rate']:>15.4g}"
-            f"{final['train_loss']:>12.3g}{final['validation_error']:>18.1%}  {outcome}"
-        )
-    return "\n".join(lines)
+    rows = [
+        {
+            "": name,
+            "delay": summary["batches"]["delay"],
+            "learning rate": f"{summary['learning_rate']:.4g}",
+            "train loss": f"{summary['final']['train_loss']:.3g}",
+            "validation error": f"{summary['final']['validation_error']:.1%}",
+            "outcome": "converged"
+            if summary["diverged_at_step"] is None
+            else f"diverged at step {summary['diverged_at_step']}",
+        }
+        for name, summary in summaries.items()
+    ]
+    return tabulate(
+        rows,
+        headers="keys",
+        tablefmt="plain",
+        colalign=("left", *["right"] * 4, "left"),
+        disable_numparse=True,
+    )
 
 
 def plot(out: Path) -> Any:
@@ -59,26 +71,17 @@ def plot(out: Path) -> Any:
     asgd = digits.get_config("asgd")
     figure, (left, right) = style.new_figure(2)
     for index, name in enumerate(ARMS):
-        rows = read_rows(out / _folder(name))
-        evaluated = [row for row in rows if not math.isnan(row["validation_error"])]
+        rows = pd.DataFrame(read_rows(out / _folder(name))).set_index("epoch")
         look = {"color": style.COLOURS[index], "marker": style.MARKERS[index], "label": name}
-        left.plot(
-            [row["epoch"] for row in evaluated],
-            [100 * row["validation_error"] for row in evaluated],
-            **style.sparse_markers(len(evaluated)),
-            **look,
-        )
-        right.plot(
-            [row["epoch"] for row in rows],
-            [row["train_loss"] for row in rows],
-            **style.sparse_markers(len(rows)),
-            **look,
-        )
-        if rows[-1]["epoch"] < asgd.epochs:
-            for axis, column, scale in ((left, "validation_error", 100), (right, "train_loss", 1)):
+        for axis, values in (
+            (left, 100 * rows.validation_error.dropna()),
+            (right, rows.train_loss),
+        ):
+            axis.plot(values.index, values, **style.sparse_markers(len(values)), **look)
+            if rows.index[-1] < asgd.epochs:
                 axis.annotate(
                     "diverged",
-                    (rows[-1]["epoch"], scale * rows[-1][column]),
+                    (values.index[-1], values.iloc[-1]),
                     (8, -4),
                     textcoords="offset points",
                     color=style.COLOURS[index],

@@ -27,6 +27,7 @@ import pandas as pd
 from asgd_jax.training.report import environment, write_json
 from asgd_jax.training.run_table import Record, read_records, write_records
 from experiments import style
+from experiments.claims import Claim, count_held, verdict
 
 _MODULES = "experiments.figures"
 NUMERIC = ("4", "6", "7", "8", "10")
@@ -161,15 +162,11 @@ def clean_work(out: Path) -> None:
 
 def describe(summary: Mapping[str, Any], out: Path) -> str:
     """Returns a summary as text: a line a claim, then where the files are."""
-    claims = summary["claims"]
-    lines = [f"figure {summary['figure']}: {summary['caption']}"]
-    for claim in claims:
-        verdict = "holds" if claim["holds"] else "FAILS"
-        numbers = f"{claim['measured']:.6g}, expected {claim['expected']}"
-        lines.append(f"  {verdict}  {claim['claim']}: {numbers}")
-    held = sum(claim["holds"] for claim in claims)
-    lines.append(
-        f"  {held} of {len(claims)} claims hold; preset {summary['preset']}, "
-        f"{summary['wall_time_s']:.3g} s; see {out / folder_name(summary['figure'])}"
-    )
-    return "\n".join(lines)
+    claims = [Claim(**claim) for claim in summary["claims"]]
+    lines = [
+        f"figure {summary['figure']}: {summary['caption']}",
+        *map(verdict, claims),
+        f"{count_held(claims)} claims hold; preset {summary['preset']}, "
+        f"{summary['wall_time_s']:.3g} s; see {out / folder_name(summary['figure'])}",
+    ]
+    return "\n  ".join(lines)

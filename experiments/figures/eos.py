@@ -268,9 +268,9 @@ def _draw(axis: Any, lines: Sequence[pd.DataFrame], colours: Mapping[str, str]) 
     order = sorted(lines, key=lambda rows: (_first(rows).edge, -_first(rows).delay))
     edges = [_first(rows).edge for rows in order]
     common = np.ptp(edges) < 1e-6 * edges[0]
-    for place, (rows, edge) in enumerate(zip(order, edges, strict=True)):
+    for number, (rows, edge) in enumerate(zip(order, edges, strict=True)):
         # Lines that lie on each other: the lower ones wider, so that all can be seen.
-        width = 1.4 + 2.2 * (len(order) - 1 - place) if common else 1.7
+        width = 1.4 + 2.2 * (len(order) - 1 - number) if common else 1.7
         colour = colours[_label(rows)]
         look = {"color": colour, "linewidth": width, "solid_capstyle": "butt"}
         axis.plot(rows.time, rows.sharpness, **look)

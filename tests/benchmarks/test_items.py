@@ -135,7 +135,7 @@ def test_both_sides_of_the_comparison_learn_the_same(tmp_path):
     pytest.importorskip("torch")
     from benchmarks import torch_worker
 
-    theirs = torch_worker.make_epochs(write_task(tmp_path))
+    theirs = torch_worker.make_eager_epochs(write_task(tmp_path))
     theirs(1)
     assert theirs(30) == pytest.approx(last, rel=0.5)
 
