@@ -19,8 +19,7 @@ from ml_collections import ConfigDict
 
 from asgd_jax.data import plan_batches
 from asgd_jax.training import default_config
-from asgd_jax.training.setup import build_program
-from asgd_jax.training.state import make_init
+from asgd_jax.training.program import Facts, build_run
 from asgd_jax.training.step import Batch
 from benchmarks.result import Goal, Options, Result, Row, Table, goal
 from benchmarks.workers import checkout, serve, start
@@ -165,16 +164,15 @@ def make_step(config: ConfigDict) -> tuple[Any, Any]:
         delay=config.delay,
     )
     num_classes = 1000 if config.dataset == "imagenet2012" else 10
-    program = build_program(
-        config, plan, num_classes, lambda key, images: images.astype(jnp.float32) / 255
-    )
-    init = make_init(program.model, program.tx, shape, program.chains.init)
-    state = jax.eval_shape(init, jax.random.PRNGKey(0))
+    to_float = lambda images: images.astype(jnp.float32) / 255  # noqa: E731
+    facts = Facts(plan, num_classes, shape, lambda key, images: to_float(images), to_float)
+    run = build_run(config, facts)
+    state = jax.eval_shape(run.init, jax.random.PRNGKey(0))
     samples = (plan.workers_per_update, plan.worker_batch_size)
     batch = jax.eval_shape(
         lambda: Batch(jnp.zeros((*samples, *shape), jnp.uint8), jnp.zeros(samples, jnp.int32))
     )
-    return program.train_step, (state, batch)
+    return run.advance, (state, batch)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,11 @@ import optax
 
 from asgd_jax import models
 from asgd_jax.training.step import Batch, make_gradient
-from asgd_jax.transforms import (
-    DelayedState,
-    DelayGradientsState,
-    ShiftedTraceState,
-    stale_params,
-)
+from asgd_jax.transforms import update_params
+from asgd_jax.transforms.history import Ring
 from benchmarks.harness import tree_bytes
 
 NUM_BATCHES = 4
-_RINGS = (DelayedState, DelayGradientsState, ShiftedTraceState)
 
 
 class Problem(NamedTuple):
@@ -70,19 +65,8 @@ def make_problem(
 
 def ring_bytes(state: optax.OptState) -> int:
     """Returns the bytes of the rings in an optimizer state: slots, not counters or read copies."""
-
-    def is_ring(node: Any) -> bool:
-        return isinstance(node, _RINGS)
-
-    total = 0
-    for node in jax.tree.leaves(state, is_leaf=is_ring):
-        if isinstance(node, DelayedState):
-            total += tree_bytes(node.history) + ring_bytes(node.inner_state)
-        elif isinstance(node, DelayGradientsState):
-            total += tree_bytes(node.gradients)
-        elif isinstance(node, ShiftedTraceState):
-            total += tree_bytes(node.buffers)
-    return total
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Ring))
+    return sum(tree_bytes(node) for node in nodes if isinstance(node, Ring))
 
 
 def make_loop(problem: Problem, tx: optax.GradientTransformation, num_updates: int) -> Loop:
@@ -102,12 +86,12 @@ def make_loop(problem: Problem, tx: optax.GradientTransformation, num_updates: i
         def update(number: int, carry: Any) -> Any:
             del number  # the loop starts at 0 every time; the updates are counted on
             step, params, stats, opt_state = carry
-            where = stale_params(opt_state, params) if _is_delayed(opt_state) else params
             index = step % NUM_BATCHES
             batch = Batch(images[index][None], labels[index][None])
-            gradients, (stats, _, _) = gradient(where, stats, batch, key)
-            updates, opt_state = tx.update(gradients, opt_state, params)
-            return step + 1, optax.apply_updates(params, updates), stats, opt_state
+            params, opt_state, (stats, _, _) = update_params(
+                tx, lambda where: gradient(where, stats, batch, key), params, opt_state
+            )
+            return step + 1, params, stats, opt_state
 
         return jax.lax.fori_loop(0, num_updates, update, carry)
 
@@ -129,8 +113,3 @@ def make_loop(problem: Problem, tx: optax.GradientTransformation, num_updates: i
         history_bytes=ring_bytes(carry[3]),
         temp_bytes=0 if analysis is None else int(analysis.temp_size_in_bytes),
     )
-
-
-def _is_delayed(state: optax.OptState) -> bool:
-    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, DelayedState))
-    return any(isinstance(leaf, DelayedState) for leaf in leaves)

@@ -205,7 +205,7 @@ def measure_wait(num_updates: int = 12, image_size: int = 64) -> Row:
         num_devices=1,
     )
     setup = set_up(config)
-    step = jax.jit(setup.train_step, donate_argnums=0)
+    step = jax.jit(setup.run.advance, donate_argnums=0)
     stream = data.train_batches(batch_size=16, image_size=image_size)
 
     def put(batch: tuple[np.ndarray, np.ndarray]) -> Batch:

@@ -18,7 +18,7 @@ from asgd_jax.training.sweep import (
     stack_values,
     sweep,
 )
-from asgd_jax.training.sweep_program import compile_runs, make_run, put_samples
+from asgd_jax.training.sweep_program import compile_runs, make_whole_run, put_samples
 from benchmarks.harness import interleave, ratio, spread
 from benchmarks.result import Goal, Options, Result, Row, Table, goal
 from benchmarks.workers import checkout
@@ -112,12 +112,12 @@ def make_block(case: Case, runs: int, at_once: int, num_train: int | None = None
     (group,) = group_runs(points, range(runs), dataset, at_once, False)
     samples = put_samples(dataset, config.eval_batch_size, full_train=False)
     values = stack_values(group, float("inf"))
-    jitted: Any = compile_runs(make_run(group.shape), at_once, 1)
+    jitted: Any = compile_runs(make_whole_run(group.shared), at_once, 1)
     program = jitted.lower(values, samples, None).compile()
     analysis = program.memory_analysis()
     return Block(
         call=lambda: program(values, samples, None),
-        updates=runs * group.shape.plan.steps_per_epoch * case.epochs,
+        updates=runs * group.shared.facts.plan.steps_per_epoch * case.epochs,
         temp_bytes=0 if analysis is None else int(analysis.temp_size_in_bytes),
         default_at_once=default_runs_at_once(config, dataset),
     )

@@ -21,9 +21,9 @@ from asgd_jax.data.in_memory import Dataset
 from asgd_jax.training import rerun
 from asgd_jax.training.config import validate_config
 from asgd_jax.training.feed import load_dataset, plan_of
+from asgd_jax.training.program import make_model
 from asgd_jax.training.report import write_json
 from asgd_jax.training.run_table import Record, holds_fingerprint
-from asgd_jax.training.setup import make_model
 from asgd_jax.training.state import PyTree
 from asgd_jax.training.step import cross_entropy
 from asgd_jax.training.sweep import Point, sweep, train_params

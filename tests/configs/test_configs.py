@@ -1,7 +1,7 @@
 """Every config file and every arm: it is valid, says what it is, and its step trains."""
 
 import functools
-import importlib.util
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -21,20 +21,16 @@ from asgd_jax.training.optimizer import (
     make_delay_process,
     make_multiplier,
 )
-from asgd_jax.training.setup import build_program
+from asgd_jax.training.program import Facts, build_run
 from asgd_jax.training.step import make_gradient
 
 ROOT = Path(__file__).parents[2]
 
 
-def load_module(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MODULES = {path.stem: load_module(path) for path in sorted(ROOT.glob("configs/*.py"))}
+MODULES = {
+    path.stem: importlib.import_module(f"configs.{path.stem}")
+    for path in sorted(ROOT.glob("configs/[!_]*.py"))
+}
 ARMS = [(name, arm) for name, module in MODULES.items() for arm in module.ARMS]
 SIZES = {"digits": 1437, "mnist": 60_000, "cifar10": 50_000, "imagenet2012": 1_281_167}
 
@@ -205,9 +201,9 @@ def fake_batches(plan, image_shape):
     return [Batch(jnp.asarray(images[k]), jnp.asarray(labels[k])) for k in (0, 1)]
 
 
-def train_two_steps(program, state, batches):
+def train_two_steps(run, state, batches):
     """States before, between and after the two updates, and their metrics."""
-    step = jax.jit(program.train_step)
+    step = jax.jit(run.advance)
     states, metrics = [state], []
     for batch in batches:
         state, measured = step(states[-1], batch)
@@ -236,15 +232,15 @@ def test_the_optimizer_of_an_arm_takes_two_steps(name, arm):
     config.update(model="mlp", width=1.0)
     config.model_options = ConfigDict({"hidden": (4,)})
     plan = plan_of(config, size=100)
-    program = build_program(config, plan, 10, to_float)
+    run = build_run(config, Facts(plan, 10, (4, 4, 1), to_float, None))
     start, gradient = small_model()
-    start = start._replace(opt_state=program.tx.init(start.params))
+    start = run.init(start.key, start.params)
     batches = fake_batches(plan, (4, 4, 1))
-    states, metrics = train_two_steps(program, start, batches)
+    states, metrics = train_two_steps(run, start, batches)
 
-    second = min(1, int(program.process.sample(jax.random.key(0), jnp.int32(1))))
+    second = min(1, int(run.process.sample(jax.random.key(0), jnp.int32(1))))
     assert [int(each.staleness) for each in metrics] == [0, second]
-    assert program.process.max_delay >= config.delay
+    assert run.process.max_delay >= config.delay
 
     # The first update by hand: gradient plus decay, times 1 - m where damped.
     gradients, _ = gradient(start.params, {}, batches[0], start.key)
@@ -284,9 +280,8 @@ def test_the_model_of_a_config_takes_two_steps(name):
     config.model_options.update(options)
     plan = plan_of(config, size=100)
     augment = data.augmenter(config.dataset) if config.augment else lambda key, images: images
-    program = build_program(config, plan, 10, lambda key, x: to_float(key, augment(key, x)))
-    state = init_state(
-        program.model, program.tx, image_shape, config.seed, keep_stats=program.chains.init
-    )
-    states, _ = train_two_steps(program, state, fake_batches(plan, image_shape))
+    facts = Facts(plan, 10, image_shape, lambda key, x: to_float(key, augment(key, x)), None)
+    run = build_run(config, facts)
+    state = run.init(jax.random.PRNGKey(config.seed))
+    states, _ = train_two_steps(run, state, fake_batches(plan, image_shape))
     assert bool(jax.tree.leaves(states[-1].batch_stats)) == config.model.startswith("resnet")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from asgd_jax.training import checkpoint, set_up, train
+from asgd_jax.training.advance import make_advance
 from asgd_jax.training.checkpoint import checksum, last_step, open_checkpoints, refuse_mismatch
 
 FINGERPRINT = {"model": "mlp", "delay": 3}
@@ -101,8 +102,9 @@ def test_a_train_state_keeps_its_shardings_and_may_be_donated(tiny_config, chang
     tiny_config.model_options.hidden = (64,)
     setup = set_up(tiny_config)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
-    advance = setup.feed.make_advance(setup.train_step, 3, setup.mesh, shardings)
-    state, _ = advance(setup.state, 0, 0, 5)
+    advance, put, get = make_advance(tiny_config, setup), setup.placement.put, setup.placement.get
+    placed, _ = advance(put(setup.state), 0, 0, 5)
+    state = get(placed)
     checkpoints = open_checkpoints(tmp_path, FINGERPRINT)
     checkpoints.save(5, state, {})
     checkpoints.close()
@@ -110,7 +112,7 @@ def test_a_train_state_keeps_its_shardings_and_may_be_donated(tiny_config, chang
     assert_same(restored, state)
     for leaf, sharding in zip(jax.tree.leaves(restored), jax.tree.leaves(shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-    assert_same(advance(restored, 0, 5, 9)[0], advance(state, 0, 5, 9)[0])
+    assert_same(get(advance(put(restored), 0, 5, 9)[0]), get(advance(placed, 0, 5, 9)[0]))
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):

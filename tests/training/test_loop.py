@@ -45,10 +45,12 @@ def test_the_last_row_is_true_of_the_whole_validation_set(tiny_config, tmp_path)
     summary = train(tiny_config, tmp_path, progress=False)
     setup = set_up(tiny_config)
     dataset = data.load("digits", num_train=256, num_validation=100)
-    state, step = setup.state, jax.jit(setup.train_step)
+    state, step = setup.state, jax.jit(setup.run.advance)
     losses = []
     for epoch in range(tiny_config.epochs):
-        for samples in np.asarray(data.epoch_batches(tiny_config.seed, epoch, setup.feed.plan)):
+        for samples in np.asarray(
+            data.epoch_batches(tiny_config.seed, epoch, setup.feed.facts.plan)
+        ):
             images, labels = (
                 dataset.train_images[samples],
                 dataset.train_labels[samples],
@@ -56,10 +58,10 @@ def test_the_last_row_is_true_of_the_whole_validation_set(tiny_config, tmp_path)
             state, metrics = step(state, Batch(images, labels))
             losses.append(float(metrics.loss))
     images = data.normalizer(dataset)(dataset.validation_images)
-    logits = setup.model.apply({"params": state.params}, images, train=False)
+    logits = setup.run.model.apply({"params": state.params}, images, train=False)
     wrong = np.argmax(np.asarray(logits), axis=-1) != dataset.validation_labels
     assert summary["final"]["validation_error"] == pytest.approx(wrong.mean(), abs=1e-6)
-    per_epoch = setup.feed.plan.steps_per_epoch
+    per_epoch = setup.feed.facts.plan.steps_per_epoch
     rows = read_rows(tmp_path)
     for epoch, row in enumerate(rows):
         mean = np.mean(losses[epoch * per_epoch : (epoch + 1) * per_epoch])
@@ -134,12 +136,12 @@ def test_chunks_of_any_length_share_one_program_and_copy_no_large_ring(tiny_conf
     tiny_config.update(delay=3)
     setup = set_up(tiny_config)
     dataset = data.load("digits", num_train=256)
-    run_chunk = jax.jit(make_run_chunk(setup.train_step, 3, 1e3), donate_argnums=0)
+    run_chunk = jax.jit(make_run_chunk(setup.run.advance, 3, 1e3), donate_argnums=0)
     arrays = jax.device_put((dataset.train_images, dataset.train_labels))
-    order = data.epoch_batches(0, 0, setup.feed.plan)
+    order = data.epoch_batches(0, 0, setup.feed.facts.plan)
     text = run_chunk.lower(setup.state, *arrays, order, 0, 5).compile().as_text()
-    assert "f32[4,64,8]" in text
-    assert not [line for line in text.splitlines() if "= f32[4,64,8]" in line and " copy(" in line]
+    assert "f32[3,64,8]" in text
+    assert not [line for line in text.splitlines() if "= f32[3,64,8]" in line and " copy(" in line]
     state = setup.state
     for start, stop in ((0, 1), (1, 4), (4, 16)):
         state, totals = run_chunk(state, *arrays, order, start, stop)

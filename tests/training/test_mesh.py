@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from asgd_jax import data
 from asgd_jax.training import Batch, set_up, train
+from asgd_jax.training.advance import make_advance
 from asgd_jax.training.mesh import (
     batch_sharding,
     initialize_processes,
@@ -21,7 +22,7 @@ from asgd_jax.training.mesh import (
     replicated,
 )
 from asgd_jax.training.metrics import read_rows
-from asgd_jax.training.setup import server_state
+from asgd_jax.training.step import make_gradient
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,7 +69,7 @@ def random_batch(plan, image_shape):
 def compiled_step(setup, batch):
     """The train step as the feeds jit it, and its arguments where it wants them."""
     whole, split = replicated(setup.mesh), batch_sharding(setup.mesh)
-    step = jax.jit(setup.train_step, in_shardings=(whole, split), out_shardings=(whole, whole))
+    step = jax.jit(setup.run.advance, in_shardings=(whole, split), out_shardings=(whole, whole))
     arguments = jax.device_put((setup.state, batch), (whole, split))
     return step.lower(*arguments).compile(), arguments
 
@@ -97,7 +98,7 @@ def test_each_of_four_devices_does_a_quarter_of_the_work(tiny_config, monkeypatc
     for num_devices in (1, 4):
         tiny_config.num_devices = num_devices
         setup = set_up(tiny_config)
-        batch = random_batch(setup.feed.plan, setup.feed.image_shape)
+        batch = random_batch(setup.feed.facts.plan, setup.feed.facts.image_shape)
         compiled, arguments = compiled_step(setup, batch)
         steps.append((compiled.cost_analysis()["flops"], compiled(*arguments)))
     (alone, one), (shared, four) = steps
@@ -125,10 +126,7 @@ def test_a_sharded_history_takes_an_eighth_on_each_device(config):
     config.shard_history = True
     setup = set_up(config)
     assert bytes_on_first_device(setup.state.opt_state.history) <= whole / 8 * 1.05
-    advance = setup.feed.make_advance(
-        setup.train_step, 3, setup.mesh, jax.tree.map(lambda leaf: leaf.sharding, setup.state)
-    )
-    after, _ = advance(setup.state, 0, 0, 3)
+    after, _ = make_advance(config, setup)(setup.state, 0, 0, 3)
     assert bytes_on_first_device(after.opt_state.history) <= whole / 8 * 1.05
     stale = after.opt_state.stale
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(stale))
@@ -143,21 +141,33 @@ def test_shifted_momentum_is_sharded_with_the_history(config):
     assert bytes_on_first_device(state.opt_state.inner_state) <= whole / 8 * 1.05
 
 
-def test_pmap_has_batch_statistics_of_its_own_on_every_device(config):
+def test_pmap_normalises_by_the_batch_of_each_device(config):
+    """Running statistics are the mean of what plain steps on each half of the batch would keep."""
     config.update(
         model="mnist_cnn_bn", width=0.1, num_devices=2, parallelism="pmap", delay=0, num_workers=1
     )
     config.model_options = ConfigDict()
     setup = set_up(config)
-    advance = setup.feed.make_advance(setup.train_step, 0, setup.mesh, None)
-    state, totals = advance(setup.state, 0, 0, 2)
-    assert int(totals.steps) == 2
-    for leaf in jax.tree.leaves(state.params):
+    put, get = setup.placement.put, setup.placement.get
+    placed, totals = make_advance(config, setup)(put(setup.state), 0, 0, 1)
+    assert int(totals.steps) == 1
+    for leaf in jax.tree.leaves(placed):
         np.testing.assert_array_equal(leaf[0], leaf[1])
-    leaves = jax.tree.leaves(state.batch_stats)
-    assert any(not np.array_equal(leaf[0], leaf[1]) for leaf in leaves)
-    merged = jax.tree.leaves(server_state(config, state).batch_stats)
-    np.testing.assert_allclose(merged[0], leaves[0].mean(axis=0), rtol=1e-6)
+    state = get(placed)
+    assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, setup.state)
+    samples = np.asarray(data.epoch_batches(config.seed, 0, setup.feed.facts.plan))[0, 0]
+    halves = []
+    gradient = make_gradient(setup.run.model, setup.feed.facts.preprocess)
+    for mine in np.split(samples, 2):
+        images, labels = setup.feed.samples.train_images, setup.feed.samples.train_labels
+        batch = Batch(images[mine][None], labels[mine][None])
+        _, (stats, _, _) = gradient(setup.state.params, setup.state.batch_stats, batch, None)
+        halves.append(stats)
+    expected = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+    for found, wanted in zip(
+        jax.tree.leaves(state.batch_stats), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_batches_that_devices_cannot_share_are_refused(config):

@@ -8,7 +8,7 @@ import pytest
 
 import asgd_jax
 from asgd_jax import models
-from asgd_jax.training.evaluate import make_evaluate
+from asgd_jax.training.evaluate import make_measure, pad_to_batches
 from asgd_jax.training.state import init_state
 from asgd_jax.training.step import Batch, cross_entropy, gap, make_gradient, make_train_step
 
@@ -111,8 +111,8 @@ def test_evaluation_covers_every_sample_once(batch_size):
     params = init_state(model, optax.sgd(0.1), IMAGE, seed=3).params
     batch = random_batch(1, 33)
     images, labels = np.asarray(batch.images[0]), np.asarray(batch.labels[0])
-    evaluate = make_evaluate(model, lambda x: preprocess(None, x), images, labels, batch_size)
-    loss, error = evaluate(params, {})
+    measure = jax.jit(make_measure(model, lambda x: preprocess(None, x)))
+    loss, error = measure(params, {}, pad_to_batches(images, labels, batch_size)).means()
     logits = model.apply({"params": params}, preprocess(None, jnp.asarray(images)), train=False)
     np.testing.assert_allclose(loss, cross_entropy(logits, jnp.asarray(labels)).mean(), rtol=1e-5)
     np.testing.assert_allclose(error, np.mean(np.argmax(logits, -1) != labels), rtol=1e-6)

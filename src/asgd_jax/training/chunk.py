@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from asgd_jax.training.state import TrainState
 from asgd_jax.training.step import Batch, StepMetrics, TrainStep
@@ -119,6 +118,8 @@ def make_run_chunk(
 
 
 def merge_totals(left: ChunkTotals, right: ChunkTotals) -> ChunkTotals:
-    """Returns the totals of two chunks, on the host, the second following the first."""
-    summed = jax.tree.map(lambda a, b: np.asarray(a) + np.asarray(b), left, right)
-    return summed._replace(diverged_at=np.asarray(right.diverged_at))
+    """Returns the totals of two chunks, the second following the first."""
+    fine = left.diverged_at == NOT_DIVERGED
+    return jax.tree.map(lambda a, b: a + b, left, right)._replace(
+        diverged_at=jnp.where(fine, right.diverged_at, left.diverged_at)
+    )

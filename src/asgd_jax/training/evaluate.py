@@ -1,6 +1,7 @@
 """Loss and error over a whole data set, with the live parameters."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,13 +11,28 @@ import numpy as np
 from asgd_jax.training.state import PyTree
 from asgd_jax.training.step import cross_entropy
 
-Evaluate = Callable[[PyTree, PyTree], tuple[jax.Array, jax.Array]]
+
+class Sums(NamedTuple):
+    """Over samples: their losses in nats (float32), how many were wrong, how many (int32)."""
+
+    loss: jax.Array
+    num_wrong: jax.Array
+    num_samples: jax.Array
+
+    def means(self) -> tuple[jax.Array, jax.Array]:
+        """Mean loss and error rate."""
+        return self.loss / self.num_samples, self.num_wrong / self.num_samples
 
 
 def pad_to_batches(
-    images: np.ndarray, labels: np.ndarray, batch_size: int
+    images: np.ndarray, labels: np.ndarray, batch_size: int, multiple: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cuts a data set into equal batches; the last one is filled up with label -1.
+
+    Args:
+      images: (n, ...); labels: (n,).
+      batch_size: samples of a batch, at most; a smaller data set is one batch.
+      multiple: what the size of a batch must be a multiple of.
 
     Returns:
       images (num_batches, batch_size, ...) and labels (num_batches, batch_size).
@@ -24,74 +40,32 @@ def pad_to_batches(
     >>> pad_to_batches(np.zeros((5, 2)), np.arange(5), 3)[1].tolist()
     [[0, 1, 2], [3, 4, -1]]
     """
-    batch_size = min(batch_size, len(labels))
+    batch_size = -(-min(batch_size, len(labels)) // multiple) * multiple
     missing = -len(labels) % batch_size
     images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
     labels = np.concatenate([labels, np.full(missing, -1, labels.dtype)])
     return images.reshape(-1, batch_size, *images.shape[1:]), labels.reshape(-1, batch_size)
 
 
-def make_sum_batch(
+def make_measure(
     model: nn.Module, normalize: Callable[[jax.Array], jax.Array]
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Returns `sum_batch(params, batch_stats, images, labels)`: summed loss, number of errors.
+) -> Callable[[PyTree, PyTree, tuple[jax.Array, jax.Array]], Sums]:
+    """Returns `measure(params, batch_stats, batches)`: sums over batches, one after another; pure.
 
-    Samples with a negative label are padding and count nowhere. BatchNorm uses its running
-    statistics.
+    `batches` is a pair as `pad_to_batches` returns it. Samples with a negative label are padding
+    and count nowhere, so that means are exact. BatchNorm uses its running statistics.
     """
 
-    def sum_batch(
-        params: PyTree, batch_stats: PyTree, images: jax.Array, labels: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits = model.apply(variables, normalize(images), train=False)
-        real = labels >= 0
-        losses = cross_entropy(logits, jnp.maximum(labels, 0))
-        wrong = jnp.argmax(logits, axis=-1) != labels
-        return jnp.sum(jnp.where(real, losses, 0)), jnp.sum(real & wrong)
+    def measure(params: PyTree, batch_stats: PyTree, batches: tuple[jax.Array, jax.Array]) -> Sums:
+        def sum_batch(batch: tuple[jax.Array, jax.Array]) -> Sums:
+            images, labels = batch
+            variables = {"params": params, "batch_stats": batch_stats}
+            logits = model.apply(variables, normalize(images), train=False)
+            real = labels >= 0
+            losses = cross_entropy(logits, jnp.maximum(labels, 0))
+            wrong = jnp.argmax(logits, axis=-1) != labels
+            return Sums(jnp.sum(jnp.where(real, losses, 0)), jnp.sum(real & wrong), jnp.sum(real))
 
-    return sum_batch
+        return jax.tree.map(jnp.sum, jax.lax.map(sum_batch, batches))
 
-
-def make_mean(
-    model: nn.Module, normalize: Callable[[jax.Array], jax.Array]
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Returns `mean(params, batch_stats, batches, num_samples)`: loss and error, pure.
-
-    `batches` is the pair that `pad_to_batches` returns; its padding counts nowhere.
-    """
-    sum_batch = make_sum_batch(model, normalize)
-
-    def mean(
-        params: PyTree, batch_stats: PyTree, batches: tuple[jax.Array, jax.Array], num_samples: int
-    ) -> tuple[jax.Array, jax.Array]:
-        losses, wrong = jax.lax.map(lambda pair: sum_batch(params, batch_stats, *pair), batches)
-        return losses.sum() / num_samples, wrong.sum() / num_samples
-
-    return mean
-
-
-def make_evaluate(
-    model: nn.Module,
-    normalize: Callable[[jax.Array], jax.Array],
-    images: np.ndarray,
-    labels: np.ndarray,
-    batch_size: int,
-    sharding: jax.sharding.Sharding | None = None,
-) -> Evaluate:
-    """Returns `evaluate(params, batch_stats) -> (loss, error)` over every sample of a data set.
-
-    The mean is exact: padding carries the label -1. One compiled program runs all batches.
-
-    Args:
-      model: a Linen module.
-      normalize: raw images to the model's input.
-      images: (n, height, width, channels); labels: int32 (n,).
-      batch_size: samples at once.
-      sharding: where the data set is put; JAX's default device by default.
-    """
-    num_samples = len(labels)
-    batches = jax.device_put(pad_to_batches(images, labels, batch_size), sharding)
-    mean = jax.jit(make_mean(model, normalize), static_argnums=3)
-    # The arrays are an argument: closed over, they would be compiled into the program.
-    return lambda params, batch_stats: mean(params, batch_stats, batches, num_samples)
+    return measure

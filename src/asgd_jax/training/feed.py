@@ -1,47 +1,69 @@
-"""Data behind one interface: a feed advances a state through an epoch and evaluates it."""
+"""The data of a run: in memory, or read from disk while it trains. Data and nothing else."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from asgd_jax import data
-from asgd_jax.training import mesh as devices
-from asgd_jax.training.chunk import ChunkTotals, make_run_chunk
-from asgd_jax.training.evaluate import Evaluate, make_evaluate
-from asgd_jax.training.state import PyTree, TrainState
-from asgd_jax.training.step import Batch, Preprocess, TrainStep
+from asgd_jax.training.config import STREAMED
+from asgd_jax.training.program import Facts
+from asgd_jax.training.step import Preprocess
 
-Advance = Callable[[TrainState, int, int, int], tuple[TrainState, ChunkTotals]]
+HostBatch = tuple[np.ndarray, np.ndarray]  # images, labels
+
+
+class Stream(NamedTuple):
+    """A data set on disk; every process reads its own share of each batch.
+
+    Attributes:
+      train: `train(step)`: batches of updates step, step + 1, ... for ever.
+      validation: `validation(batch_size)`: the validation set once, labels of padding -1.
+    """
+
+    train: Callable[[int], Iterator[HostBatch]]
+    validation: Callable[[int], Iterator[HostBatch]]
 
 
 class Feed(NamedTuple):
     """A data set, as far as training needs it.
 
     Attributes:
-      plan: batch arithmetic of an epoch.
-      num_classes: number of labels.
-      image_shape: (height, width, channels) of the model's input.
-      preprocess: `preprocess(key, raw images)`: augmentation and normalisation, on the device.
-      make_advance: `make_advance(train_step, max_delay, mesh, state_sharding)` gives
-        `advance(state, epoch, start, stop)`, which makes these updates of an epoch and returns the
-        state (the old one is donated) and the totals.
-      make_evaluate: `make_evaluate(model, mesh)` gives `evaluate(params, batch_stats)`: loss and
-        error over the whole validation set.
-      inputs: `inputs(n)`: model inputs of the first n updates of a run without augmentation by
-        crops and flips, to measure batch statistics on.
+      facts: what the program must know of it.
+      samples: the data set in host memory, or None when it is streamed.
+      stream: the data set on disk, or None when it is in memory.
     """
 
-    plan: data.BatchPlan
-    num_classes: int
-    image_shape: tuple[int, ...]
-    preprocess: Preprocess
-    make_advance: Callable[[TrainStep, int, Mesh, PyTree], Advance]
-    make_evaluate: Callable[[nn.Module, Mesh], Evaluate]
-    inputs: Callable[[int], Iterator[jax.Array]]
+    facts: Facts
+    samples: data.Dataset | None
+    stream: Stream | None
+
+
+def open_feed(config: ConfigDict) -> Feed:
+    """Returns the data of a configuration.
+
+    Raises:
+      ValueError: for an unknown data set or batches that do not fit it or the processes.
+      DatasetNotFoundError: when the data is neither prepared nor downloadable.
+    """
+    if config.dataset in STREAMED:
+        return _open_stream(config)
+    return feed_of(config, load_dataset(config))
+
+
+def feed_of(config: ConfigDict, dataset: data.Dataset) -> Feed:
+    """Returns the feed of a data set that is loaded already."""
+    facts = Facts(
+        plan=plan_of(config, len(dataset.train_labels)),
+        num_classes=dataset.num_classes,
+        image_shape=dataset.train_images.shape[1:],
+        preprocess=make_preprocess(config, dataset),
+        normalize=data.normalizer(dataset),
+    )
+    return Feed(facts, dataset, None)
 
 
 def plan_of(config: ConfigDict, num_samples: int) -> data.BatchPlan:
@@ -72,103 +94,50 @@ def make_preprocess(config: ConfigDict, dataset: data.Dataset) -> Preprocess:
     return lambda key, images: normalize(augment(key, images))
 
 
-def open_in_memory(config: ConfigDict) -> Feed:
-    """Returns the feed of a data set that lives on the device whole, a chunk of updates a call.
+def first_inputs(config: ConfigDict, feed: Feed, num_batches: int) -> Iterator[jax.Array]:
+    """Yields the model inputs of a run's first updates, without augmentation by crops and flips."""
+    normalize, plan = feed.facts.normalize, feed.facts.plan
+    if feed.samples is None:
+        assert feed.stream is not None, "a feed has samples or a stream"
+        batches = feed.stream.train(0)
+        for _ in range(num_batches):
+            yield normalize(jnp.asarray(next(batches)[0]))
+        return
+    for samples in jax.device_get(data.epoch_batches(config.seed, 0, plan))[:num_batches]:
+        yield normalize(jnp.asarray(feed.samples.train_images[samples.ravel()]))
 
-    Raises:
-      ValueError: for an unknown data set or batches that do not fit it.
-      DatasetNotFoundError: when the data is neither prepared nor downloadable.
-    """
-    dataset = load_dataset(config)
-    plan = plan_of(config, len(dataset.train_labels))
-    normalize = data.normalizer(dataset)
 
-    def make_advance(
-        train_step: TrainStep, max_delay: int, mesh: Mesh, state_sharding: PyTree
-    ) -> Advance:
-        order_of = jax.jit(
-            lambda epoch: data.epoch_batches(config.seed, epoch, plan),
-            out_shardings=devices.replicated(mesh),
-        )
-        arrays = (dataset.train_images, dataset.train_labels)
-        if config.parallelism == "pmap":
-            run = _pmapped(train_step, max_delay, config.divergence_loss, mesh)
-            images, labels = devices.put_replicas(arrays, mesh)
-        else:
-            run = _jitted(train_step, max_delay, config.divergence_loss, mesh, state_sharding)
-            images, labels = jax.device_put(arrays, devices.replicated(mesh))
-        return lambda state, epoch, start, stop: run(
-            state, images, labels, order_of(epoch), start, stop
-        )
+def _open_stream(config: ConfigDict) -> Feed:
+    """Crops and flips while decoding; images travel as uint8 and are normalised on the device."""
+    sizes = data.stream_sizes(config.data_dir, name=config.dataset)
+    plan = plan_of(config, sizes.num_train)
+    normalize = data.imagenet_normalizer()
+    common: dict[str, Any] = {
+        "image_size": config.image_size,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+        "name": config.dataset,
+    }
 
-    def make_validation(model: nn.Module, mesh: Mesh) -> Evaluate:
-        return make_evaluate(
-            model,
-            normalize,
-            dataset.validation_images,
-            dataset.validation_labels,
-            config.eval_batch_size,
-            devices.replicated(mesh),
+    def train(step: int) -> Iterator[HostBatch]:
+        return data.train_batches(
+            config.data_dir,
+            batch_size=plan.update_batch_size,
+            seed=config.seed,
+            start_step=step,
+            **common,
         )
 
-    def inputs(num_batches: int) -> Iterator[jax.Array]:
-        for samples in jax.device_get(data.epoch_batches(config.seed, 0, plan))[:num_batches]:
-            yield normalize(dataset.train_images[samples.ravel()])
+    def validation(batch_size: int) -> Iterator[HostBatch]:
+        batches = data.validation_batches(config.data_dir, batch_size=batch_size, **common)
+        for images, labels, mask in batches:
+            yield images, np.where(mask > 0, labels, -1).astype(np.int32)
 
-    return Feed(
+    facts = Facts(
         plan=plan,
-        num_classes=dataset.num_classes,
-        image_shape=dataset.train_images.shape[1:],
-        preprocess=make_preprocess(config, dataset),
-        make_advance=make_advance,
-        make_evaluate=make_validation,
-        inputs=inputs,
+        num_classes=sizes.num_classes,
+        image_shape=(config.image_size, config.image_size, 3),
+        preprocess=lambda key, images: normalize(images),
+        normalize=normalize,
     )
-
-
-def _jitted(
-    train_step: TrainStep,
-    max_delay: int,
-    divergence_loss: float,
-    mesh: Mesh,
-    state_sharding: PyTree,
-) -> Callable[..., tuple[TrainState, ChunkTotals]]:
-    """One program over all devices of the mesh; the batch is split, XLA adds the all-reduce."""
-    split = devices.batch_sharding(mesh)
-
-    def place(batch: Batch) -> Batch:
-        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, split), batch)
-
-    run_chunk = make_run_chunk(train_step, max_delay, divergence_loss, place=place)
-    return jax.jit(
-        run_chunk,
-        donate_argnums=0,
-        out_shardings=(state_sharding, devices.replicated(mesh)),
-    )
-
-
-def _pmapped(
-    train_step: TrainStep, max_delay: int, divergence_loss: float, mesh: Mesh
-) -> Callable[..., tuple[TrainState, ChunkTotals]]:
-    """A program a device, on its own share of each worker's batch."""
-
-    def place(batch: Batch) -> Batch:
-        index = jax.lax.axis_index(devices.AXIS)
-        size = batch.labels.shape[1] // mesh.size
-        return jax.tree.map(
-            lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index * size, size, axis=1), batch
-        )
-
-    mapped = jax.pmap(
-        make_run_chunk(train_step, max_delay, divergence_loss, place=place),
-        axis_name=devices.AXIS,
-        in_axes=(0, 0, 0, None, None, None),
-        donate_argnums=0,
-        devices=list(mesh.devices.flat),
-    )
-
-    def run(*arguments: object) -> tuple[TrainState, ChunkTotals]:
-        state, totals = mapped(*arguments)
-        return state, jax.tree.map(lambda leaf: leaf[0], totals)  # equal on all devices
-
-    return run
+    return Feed(facts, None, Stream(train, validation))

@@ -4,19 +4,21 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from asgd_jax import stability
+from asgd_jax.data import BatchPlan
 from asgd_jax.delays import DelayProcess
 from asgd_jax.training import metrics, optimizer, preemption, report, rerun
+from asgd_jax.training.advance import make_advance
 from asgd_jax.training.checkpoint import Checkpoints, open_checkpoints
 from asgd_jax.training.chunk import NOT_DIVERGED, ChunkTotals
-from asgd_jax.training.config import validate_config
 from asgd_jax.training.lock import hold_folder
+from asgd_jax.training.placement import Placed
 from asgd_jax.training.progress import (
     Progress,
     add_chunk,
@@ -26,7 +28,7 @@ from asgd_jax.training.progress import (
     progress_to_json,
 )
 from asgd_jax.training.progress_bar import progress_bar
-from asgd_jax.training.setup import Setup, make_validation, server_state, set_up
+from asgd_jax.training.setup import Setup, make_validation, set_up
 from asgd_jax.training.state import TrainState, num_params
 from asgd_jax.training.step import gap
 
@@ -54,49 +56,71 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
     """
     started = time.perf_counter()
     workdir = Path(workdir)
-    validate_config(config)
     summary = rerun.finished_summary(workdir, config)
     if summary is not None:
         return summary
     setup = set_up(config)
-    with hold_folder(workdir):
-        reached = _run(config, setup, workdir, started, progress)
-        summary = _summarize(config, setup, reached)
-        if jax.process_index() == 0:
-            report.write_json(workdir / "summary.json", summary)
+    plan = setup.feed.facts.plan
+    advance, row_of = make_advance(config, setup), _make_row(config, setup)
+    with hold_folder(workdir), _open_run(config, setup, workdir, progress) as opened:
+        state, reached = opened.state, opened.reached
+        placed = setup.placement.put(state)
+        started -= reached.wall_seconds
+        # A chunk ends where a row is due; the run ends with its epochs, or where it diverges.
+        for epoch, start, stop in chunk_bounds(config, plan.steps_per_epoch, reached.step):
+            before = time.perf_counter()
+            placed, totals = advance(placed, epoch, start, stop)
+            totals = jax.device_get(totals)
+            seconds = time.perf_counter() - before
+            row = row_of(placed, totals, epoch, start, stop, seconds)
+            opened.writer.write(row, np.asarray(totals.staleness))
+            reached = add_chunk(reached, totals, row, seconds, time.perf_counter() - started)
+            opened.bar.update(int(totals.steps))
+            if diverged_at(reached) is not None:
+                break
+            stopping = (
+                opened.stop_requested() and reached.step < plan.steps_per_epoch * config.epochs
+            )
+            if stopping or _is_checkpoint_due(config, plan, reached.step, totals):
+                reached = reached._replace(metrics_bytes=opened.writer.num_bytes())
+                state = setup.placement.get(placed)
+                error = row.get("validation_error")
+                opened.checkpoints.save(reached.step, state, progress_to_json(reached), error)
+            if stopping:
+                raise preemption.Preempted(reached.step)
+    summary = _summarize(config, setup, reached)
+    if jax.process_index() == 0:
+        report.write_json(workdir / "summary.json", summary)
     return summary
 
 
-def _run(
-    config: ConfigDict, setup: Setup, workdir: Path, started: float, progress: bool
-) -> Progress:
-    """Trains from the last checkpoint, or the start, to the end; all is saved when it returns."""
-    fingerprint = rerun.fingerprint(config) | rerun.data_fingerprint(config, setup.feed.plan)
-    if config.parallelism == "pmap":  # whose state has an axis of devices
-        fingerprint["num_devices"] = setup.mesh.size
+class _Opened(NamedTuple):
+    """The folder of a run, ready to go on: its last state, and where what comes next is written."""
+
+    state: TrainState
+    reached: Progress
+    writer: metrics.Writer
+    checkpoints: Checkpoints
+    stop_requested: Callable[[], bool]
+    bar: Any
+
+
+@contextlib.contextmanager
+def _open_run(config: ConfigDict, setup: Setup, workdir: Path, progress: bool) -> Iterator[_Opened]:
+    """Opens a run's folder at its last checkpoint, or its start; all is saved when it closes."""
+    plan = setup.feed.facts.plan
+    fingerprint = rerun.fingerprint(config) | rerun.data_fingerprint(config, plan)
     with contextlib.ExitStack() as stack:
         stop_requested = stack.enter_context(preemption.catch_signals())
         checkpoints = open_checkpoints(workdir, fingerprint, keep=config.keep_checkpoints)
         stack.callback(checkpoints.close)
-        first, reached = _resume(config, setup, checkpoints)
+        state, reached = _resume(config, setup, checkpoints)
         writer = _open_folder(config, workdir, reached)
         stack.callback(writer.close)
-        started -= reached.wall_seconds
-        bar = stack.enter_context(_progress_bar(config, setup, reached.step, progress))
-        for state, totals, row, seconds in _chunks(config, setup, first, reached.step):
-            writer.write(row, np.asarray(totals.staleness))
-            reached = add_chunk(reached, totals, row, seconds, time.perf_counter() - started)
-            bar.update(int(totals.steps))
-            last = reached.step == setup.feed.plan.steps_per_epoch * config.epochs
-            stopping = stop_requested() and not last
-            due = last or stopping or _is_checkpoint_due(config, setup, reached.step, totals)
-            if due and diverged_at(reached) is None:
-                reached = reached._replace(metrics_bytes=writer.num_bytes())
-                error = row.get("validation_error")
-                checkpoints.save(reached.step, state, progress_to_json(reached), error)
-            if stopping and diverged_at(reached) is None:
-                raise preemption.Preempted(reached.step)
-    return reached
+        total = plan.steps_per_epoch * config.epochs
+        bar = progress_bar(total, unit="step", initial=reached.step, show=progress)
+        stack.enter_context(bar)
+        yield _Opened(state, reached, writer, checkpoints, stop_requested, bar)
 
 
 def _resume(
@@ -104,10 +128,10 @@ def _resume(
 ) -> tuple[TrainState, Progress]:
     restored = checkpoints.restore(setup.state)
     if restored is None:
-        return setup.state, no_progress(setup.process.max_delay)
+        return setup.state, no_progress(setup.run.process.max_delay)
     state, content = restored
-    reached = progress_from_json(content, setup.process.max_delay)
-    epochs = reached.step / setup.feed.plan.steps_per_epoch
+    reached = progress_from_json(content, setup.run.process.max_delay)
+    epochs = reached.step / setup.feed.facts.plan.steps_per_epoch
     if epochs > config.epochs:
         raise ValueError(
             f"epochs={config.epochs} is less than the {epochs:g} that this run has made already: "
@@ -128,35 +152,19 @@ def _open_folder(config: ConfigDict, workdir: Path, reached: Progress) -> metric
     return writer
 
 
-def _progress_bar(config: ConfigDict, setup: Setup, step: int, progress: bool) -> Any:
-    total = setup.feed.plan.steps_per_epoch * config.epochs
-    return progress_bar(total, unit="step", initial=step, show=progress)
-
-
-def _chunks(
-    config: ConfigDict, setup: Setup, state: TrainState, step: int
-) -> Iterator[tuple[TrainState, ChunkTotals, metrics.Row, float]]:
-    """Yields state, totals, row and seconds after every chunk; the next one donates that state.
-
-    A chunk ends where a row is due. The run ends with its epochs, or where it diverges.
-    """
-    steps_per_epoch = setup.feed.plan.steps_per_epoch
-    advance = setup.feed.make_advance(
-        setup.train_step,
-        setup.process.max_delay,
-        setup.mesh,
-        jax.tree.map(lambda leaf: leaf.sharding, setup.state),
-    )
+def _make_row(config: ConfigDict, setup: Setup) -> Callable[..., metrics.Row]:
+    """Returns `row_of(placed, totals, epoch, start, stop, seconds)`: the row of a chunk."""
+    steps_per_epoch = setup.feed.facts.plan.steps_per_epoch
+    get = setup.placement.get
     validate = make_validation(config, setup)
-    measure_gap = jax.jit(lambda state: gap(server_state(config, state)))
-    learning_rate = _learning_rate_of(config, setup)
-    for epoch, start, stop in chunk_bounds(config, steps_per_epoch, step):
-        before = time.perf_counter()
-        state, totals = advance(state, epoch, start, stop)
-        totals = jax.device_get(totals)
-        seconds = time.perf_counter() - before
+    measure_gap = jax.jit(lambda placed: gap(get(placed)))
+    learning_rate = _learning_rate_of(config, steps_per_epoch)
+
+    def row_of(
+        placed: Placed, totals: ChunkTotals, epoch: int, start: int, stop: int, seconds: float
+    ) -> metrics.Row:
         step = epoch * steps_per_epoch + start + int(totals.steps)
-        norm, distance, relative = (float(value) for value in measure_gap(state))
+        norm, distance, relative = (float(value) for value in measure_gap(placed))
         row: metrics.Row = {
             "step": step,
             "epoch": round(step / steps_per_epoch, 6),
@@ -169,11 +177,11 @@ def _chunks(
         }
         diverged = totals.diverged_at != NOT_DIVERGED
         if _is_evaluated(config, steps_per_epoch, epoch, stop) or diverged:
-            loss, error = validate(state)
+            loss, error = validate(get(placed))
             row |= {"validation_loss": float(loss), "validation_error": float(error)}
-        yield state, totals, row, seconds
-        if diverged:
-            return
+        return row
+
+    return row_of
 
 
 def chunk_bounds(
@@ -189,12 +197,13 @@ def chunk_bounds(
                 yield epoch, first, stop
 
 
-def _is_checkpoint_due(config: ConfigDict, setup: Setup, step: int, totals: ChunkTotals) -> bool:
-    """Whether the chunk that ended at `step` completed so many epochs, or passed so many steps."""
+def _is_checkpoint_due(config: ConfigDict, plan: BatchPlan, step: int, totals: ChunkTotals) -> bool:
+    """Whether the chunk that ended at `step` ended the run, an epoch or so many steps."""
     before = step - int(totals.steps)
     periods = (
-        config.checkpoint_every_epochs * setup.feed.plan.steps_per_epoch,
+        config.checkpoint_every_epochs * plan.steps_per_epoch,
         config.checkpoint_every_steps,
+        plan.steps_per_epoch * config.epochs,
     )
     return any(period and step // period > before // period for period in periods)
 
@@ -204,10 +213,10 @@ def _is_evaluated(config: ConfigDict, steps_per_epoch: int, epoch: int, stop: in
     return stop == steps_per_epoch and due
 
 
-def _learning_rate_of(config: ConfigDict, setup: Setup) -> Callable[[int], float]:
+def _learning_rate_of(config: ConfigDict, steps_per_epoch: int) -> Callable[[int], float]:
     """Returns the learning rate of the last of `step` updates, regime included."""
     peak = optimizer.effective_learning_rate(config)
-    multiplier = jax.jit(optimizer.make_multiplier(config, setup.feed.plan.steps_per_epoch))
+    multiplier = jax.jit(optimizer.make_multiplier(config, steps_per_epoch))
     return lambda step: peak * float(multiplier(np.int32(max(step - 1, 0))))
 
 
@@ -218,7 +227,7 @@ def _summarize(config: ConfigDict, setup: Setup, reached: Progress) -> dict[str,
         "diverged_at_step": diverged_at(reached),
         "steps": reached.step,
         "learning_rate": optimizer.effective_learning_rate(config),
-        **_sharpest_stable_minimum(config, setup.process),
+        **_sharpest_stable_minimum(config, setup.run.process),
         "final": reached.last_row,
         "best_validation_error": reached.best_error,
         "staleness": {
@@ -227,9 +236,8 @@ def _summarize(config: ConfigDict, setup: Setup, reached: Progress) -> dict[str,
             "histogram": np.asarray(reached.totals.staleness),
             "num_clipped": optimizer.count_clipped(config, reached.step),
         },
-        "batches": setup.feed.plan._asdict(),
-        "num_params": num_params(setup.state.params)
-        // (setup.mesh.size if config.parallelism == "pmap" else 1),
+        "batches": setup.feed.facts.plan._asdict(),
+        "num_params": num_params(setup.state.params),
         "steps_per_second": reached.step / reached.train_seconds,
         "wall_time_s": round(reached.wall_seconds, 3),
         "config": config.to_dict(),

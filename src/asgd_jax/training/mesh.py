@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from asgd_jax.transforms import DelayedState, ShiftedTraceState
+from asgd_jax.transforms.history import Ring
 
 AXIS = "batch"
 
@@ -71,29 +71,17 @@ def state_sharding(state: PyTree, mesh: Mesh, *, shard_history: bool = False) ->
     Args:
       state: a pytree of arrays or of `jax.ShapeDtypeStruct`s.
       mesh: see `make_mesh`.
-      shard_history: split the rings of `delayed` and of shifted momentum over the mesh: each device
+      shard_history: split rings (past parameters, shifted momentum) over the mesh: each device
         holds 1/D of every slot of a leaf, along the leaf's longest axis that D divides; leaves
         without such an axis stay whole. A read gathers one parameter set; a write moves nothing.
     """
 
-    def ring_or_whole(ring: Any) -> NamedSharding:
-        return _ring_sharding(ring, mesh) if shard_history else replicated(mesh)
+    def place(node: Any) -> Any:
+        if isinstance(node, Ring) and shard_history:
+            return jax.tree.map(lambda slots: _ring_sharding(slots, mesh), node)
+        return jax.tree.map(lambda _: replicated(mesh), node)
 
-    def shard(node: Any) -> Any:
-        whole = jax.tree.map(lambda _: replicated(mesh), node)
-        if isinstance(node, DelayedState):
-            history = jax.tree.map(ring_or_whole, node.history)
-            return whole._replace(history=history, inner_state=spread(node.inner_state))
-        if isinstance(node, ShiftedTraceState):
-            return whole._replace(buffers=jax.tree.map(ring_or_whole, node.buffers))
-        return whole
-
-    def spread(tree: Any) -> Any:
-        return jax.tree.map(
-            shard, tree, is_leaf=lambda node: isinstance(node, (DelayedState, ShiftedTraceState))
-        )
-
-    return spread(state)
+    return jax.tree.map(place, state, is_leaf=lambda node: isinstance(node, Ring))
 
 
 def _ring_sharding(ring: Any, mesh: Mesh) -> NamedSharding:
@@ -166,14 +154,3 @@ def _await_coordinator(coordinator: str, timeout: int) -> None:
                     "the address, or wait longer"
                 ) from error
         time.sleep(0.1)
-
-
-def put_replicas(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Returns `tree` with a leading axis of one copy a device, as `pmap` wants it."""
-
-    def put(leaf: Any) -> jax.Array:
-        leaf = np.asarray(leaf)
-        copies = np.broadcast_to(leaf, (mesh.size, *leaf.shape))
-        return jax.device_put(copies, leading_sharding(mesh))
-
-    return jax.tree.map(put, tree)

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from asgd_jax.data import imagenet_normalizer, plan_batches
 from asgd_jax.training import mesh as devices
 from asgd_jax.training.config import validate_config
-from asgd_jax.training.setup import build_program
-from asgd_jax.training.state import PyTree, make_init
+from asgd_jax.training.program import Facts, build_run
+from asgd_jax.training.state import PyTree
 from asgd_jax.training.step import Batch
 
 # Image shape, classes and training samples of the official data sets.
@@ -87,9 +87,9 @@ def plan_memory(config: ConfigDict) -> MemoryPlan:
         delay=config.delay,
     )
     normalize = imagenet_normalizer() if image_shape[-1] == 3 else _to_float
-    program = build_program(config, plan, num_classes, lambda key, images: normalize(images), mesh)
-    init = make_init(program.model, program.tx, image_shape, program.chains.init)
-    state = jax.eval_shape(init, jax.random.PRNGKey(0))
+    facts = Facts(plan, num_classes, image_shape, lambda key, images: normalize(images), normalize)
+    run = build_run(config, facts, mesh=mesh)
+    state = jax.eval_shape(run.init, jax.random.PRNGKey(0))
     sharding = devices.state_sharding(state, mesh, shard_history=config.shard_history)
     samples = (plan.workers_per_update, plan.worker_batch_size)
     batch = jax.eval_shape(
@@ -97,7 +97,7 @@ def plan_memory(config: ConfigDict) -> MemoryPlan:
     )
     split = jax.tree.map(lambda _: devices.batch_sharding(mesh), batch)
     step = jax.jit(
-        program.train_step,
+        run.advance,
         donate_argnums=0,
         in_shardings=(sharding, split),
         out_shardings=(sharding, devices.replicated(mesh)),

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 PyTree = Any
@@ -37,23 +36,17 @@ def init_state(
     seed: int,
     *,
     keep_stats: Callable[[PyTree], PyTree] = lambda stats: stats,
-    sharding_of: Callable[[PyTree], PyTree] | None = None,
 ) -> TrainState:
     """Returns the state before the first update.
 
     Args:
       model: a Linen module called as `model.apply(variables, images, train=...)`.
-      tx: the optimizer, with `delayed` outermost.
+      tx: the optimizer.
       image_shape: (height, width, channels).
       seed: of the parameters and of all that is random in the run.
       keep_stats: what is kept of the initial batch statistics, see `BatchStatsChains.init`.
-      sharding_of: from the shapes of the state to its shardings; JAX's default device by default.
     """
-
-    init = make_init(model, tx, image_shape, keep_stats)
-    key = jax.random.PRNGKey(seed)
-    shardings = None if sharding_of is None else sharding_of(jax.eval_shape(init, key))
-    return jax.jit(init, out_shardings=shardings)(np.asarray(key))
+    return jax.jit(make_init(model, tx, image_shape, keep_stats))(jax.random.PRNGKey(seed))
 
 
 def make_init(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from asgd_jax.models.layers import batch_split_over
 from asgd_jax.training.batch_stats import BatchStatsChains, make_chains
 from asgd_jax.training.state import PyTree, TrainState
-from asgd_jax.transforms import stale_params
+from asgd_jax.transforms import stale_params, update_params
 
 
 class Batch(NamedTuple):
@@ -140,15 +140,6 @@ def _on_shares(gradient: Callable[..., PyTree], mesh: Mesh) -> Callable[..., PyT
     )
 
 
-def apply_gradient(
-    tx: optax.GradientTransformation, state: TrainState, gradients: PyTree, batch_stats: PyTree
-) -> TrainState:
-    """Returns the state after the server has applied `gradients`."""
-    updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, batch_stats, opt_state, state.key)
-
-
 def make_train_step(
     model: nn.Module,
     tx: optax.GradientTransformation,
@@ -163,12 +154,12 @@ def make_train_step(
 
     Args:
       model: a Linen module.
-      tx: the optimizer, with `asgd_jax.delayed` outermost.
+      tx: the optimizer, `asgd_jax.delayed` around all of it.
       preprocess: `preprocess(key, images)`: raw images (workers, samples, height, width, channels)
         to the model's float32 input, augmentation included; `key` differs at every update.
       label_smoothing: see `cross_entropy`.
       chains: how BatchNorm's running statistics are kept; one chain on the server by default.
-      axis_name: under `pmap`, the axis whose members average their gradients.
+      axis_name: under `pmap`, the axis whose members average gradients and running statistics.
       mesh: under `jit`, the devices that share every worker's samples.
     """
     gradient = make_gradient(model, preprocess, label_smoothing, mesh=mesh)
@@ -176,19 +167,28 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         staleness = state.opt_state.staleness  # of this gradient: read before the update
-        stale = stale_params(state.opt_state, state.params)
         stats = chains.read(state.batch_stats, state.step, staleness)
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        gradients, (stats, loss, error) = gradient(stale, stats, batch, key)
-        if axis_name is not None:
-            gradients, loss, error = jax.lax.pmean((gradients, loss, error), axis_name)
-        metrics = StepMetrics(loss, error, optax.tree.norm(gradients), staleness)
+
+        def compute(params: PyTree) -> tuple[PyTree, tuple[PyTree, jax.Array, jax.Array]]:
+            found = gradient(params, stats, batch, key)
+            return found if axis_name is None else jax.lax.pmean(found, axis_name)
+
+        params, opt_state, (stats, loss, error, norm) = update_params(
+            tx, lambda params: _with_norm(compute(params)), state.params, state.opt_state
+        )
         kept = chains.write(state.batch_stats, state.step, stats)
-        return apply_gradient(tx, state, gradients, kept), metrics
+        state = TrainState(state.step + 1, params, kept, opt_state, state.key)
+        return state, StepMetrics(loss, error, norm, staleness)
 
     return train_step
+
+
+def _with_norm(found: tuple[PyTree, tuple[Any, ...]]) -> tuple[PyTree, tuple[Any, ...]]:
+    gradients, rest = found
+    return gradients, (*rest, optax.tree.norm(gradients))
 
 
 def gap(state: TrainState) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -18,19 +18,19 @@ from asgd_jax.delays import DelayProcess
 from asgd_jax.training import mesh as devices
 from asgd_jax.training import rerun
 from asgd_jax.training.config import STREAMED, validate_config
-from asgd_jax.training.feed import load_dataset, plan_of
+from asgd_jax.training.feed import feed_of, load_dataset, plan_of
 from asgd_jax.training.optimizer import Values, effective_learning_rate, make_delay_process
+from asgd_jax.training.program import build_run, make_model, shape_of_params
 from asgd_jax.training.progress_bar import progress_bar
 from asgd_jax.training.run_table import Record, RunTable, add_runs, open_table, run_key
-from asgd_jax.training.setup import make_model
 from asgd_jax.training.single_runs import Finished, refuse_options, train_each, with_epochs
 from asgd_jax.training.state import PyTree, num_params
 from asgd_jax.training.sweep_program import (
     RunValues,
     Samples,
-    Shape,
+    Shared,
     compile_runs,
-    make_run,
+    make_whole_run,
     put_samples,
     rows_of,
 )
@@ -62,13 +62,13 @@ class Runs(NamedTuple):
     """Runs of one program.
 
     Attributes:
-      shape: what they share.
+      shared: what they share.
       indices: which of the points they are.
       configs: of each.
       at_once: how many of them share a `vmap`.
     """
 
-    shape: Shape
+    shared: Shared
     indices: list[int]
     configs: list[ConfigDict]
     at_once: int
@@ -172,10 +172,10 @@ def _compiled(
         dataset = load_dataset(configs[alike[0]])
         groups.append((dataset, group_runs(configs, alike, dataset, runs_at_once, full_train)))
     for dataset, group in groups:
-        batch_size = group[0].shape.config.eval_batch_size
+        batch_size = group[0].shared.config.eval_batch_size
         samples = put_samples(dataset, batch_size, full_train=full_train)
         for runs in group:
-            steps = runs.shape.plan.steps_per_epoch
+            steps = runs.shared.facts.plan.steps_per_epoch
             for finished in run_blocks(runs, samples, initial, leave_loss):
                 yield [(index, with_epochs(rows, steps)) for index, rows in finished]
 
@@ -254,8 +254,9 @@ def group_runs(
             plan = plan_of(mine[0], len(dataset.train_labels))
             depth = max(_process(config, plan.steps_per_epoch).max_delay for config in mine)
             early = at_once == 1
-            shape = Shape(mine[0], plan, dataset, depth, stop_early=early, full_train=full_train)
-            found.append(Runs(shape, members, mine, at_once))
+            facts = feed_of(mine[0], dataset).facts
+            shared = Shared(mine[0], facts, depth, stop_early=early, full_train=full_train)
+            found.append(Runs(shared, members, mine, at_once))
     return found
 
 
@@ -271,10 +272,10 @@ def run_blocks(
     runs: Runs, samples: Samples, initial: PyTree | None, leave_loss: float
 ) -> Iterator[Finished]:
     """Yields finished runs, (index, rows), a block at a time."""
-    num_devices = runs.shape.config.num_devices or jax.device_count()
+    num_devices = runs.shared.config.num_devices or jax.device_count()
     at_once = min(runs.at_once, -(-len(runs.indices) // num_devices))
     size = at_once * num_devices
-    program = compile_runs(make_run(runs.shape), at_once, num_devices)
+    program = compile_runs(make_whole_run(runs.shared), at_once, num_devices)
     stacked = stack_values(runs, leave_loss)
     for start in range(0, len(runs.indices), size):
         members = np.minimum(np.arange(start, start + size), len(runs.indices) - 1)
@@ -291,7 +292,7 @@ def train_params(config: ConfigDict, dataset: Dataset) -> PyTree:
     (runs,) = group_runs([config], [0], dataset, 1, False)
     samples = put_samples(dataset, config.eval_batch_size, full_train=False)
     values = _take(stack_values(runs, np.inf), 0)
-    return jax.jit(make_run(runs.shape))(values, samples, None)[1]
+    return jax.jit(make_whole_run(runs.shared))(values, samples, None)[1]
 
 
 def _take(tree: PyTree, index: Any) -> PyTree:
@@ -315,12 +316,7 @@ def _program_key(config: ConfigDict, dataset: Dataset) -> str:
 
 def default_runs_at_once(config: ConfigDict, dataset: Dataset) -> int:
     """Returns how many runs of a configuration are quickest in one `vmap` on JAX's backend."""
-    image = jax.ShapeDtypeStruct((1, *dataset.train_images.shape[1:]), jnp.float32)
-    model = make_model(config, dataset.num_classes)
-    variables = jax.eval_shape(
-        lambda image: model.init(jax.random.key(0), image, train=False), image
-    )
-    params = variables["params"]
+    params = shape_of_params(build_run(config, feed_of(config, dataset).facts))
     dense = all(leaf.ndim <= 2 for leaf in jax.tree.leaves(params))
     if jax.default_backend() != "cpu":
         return _RUNS_AT_ONCE
@@ -335,7 +331,7 @@ def _process(config: ConfigDict, steps_per_epoch: int) -> DelayProcess:
 
 def stack_values(runs: Runs, leave_loss: float) -> RunValues:
     """Returns the data of all runs, on the host, along a leading axis."""
-    steps_per_epoch = runs.shape.plan.steps_per_epoch
+    steps_per_epoch = runs.shared.facts.plan.steps_per_epoch
     constant = all(config.delay_distribution == "constant" for config in runs.configs)
     num_updates = max(config.epochs for config in runs.configs) * steps_per_epoch
     length = 1 if constant else num_updates + 1

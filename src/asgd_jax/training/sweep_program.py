@@ -3,27 +3,27 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from asgd_jax import data
-from asgd_jax.data import BatchPlan
 from asgd_jax.data.in_memory import Dataset
 from asgd_jax.delays import DelayProcess
 from asgd_jax.training import mesh as devices
-from asgd_jax.training.batch_stats import BatchStatsChains, make_chains
-from asgd_jax.training.chunk import NOT_DIVERGED, ChunkTotals, make_run_chunk, zero_totals
-from asgd_jax.training.evaluate import make_mean, pad_to_batches
-from asgd_jax.training.feed import make_preprocess
-from asgd_jax.training.optimizer import Values, make_optimizer
-from asgd_jax.training.setup import make_model
-from asgd_jax.training.state import PyTree, TrainState, make_init
-from asgd_jax.training.step import make_train_step
+from asgd_jax.training.chunk import (
+    NOT_DIVERGED,
+    ChunkTotals,
+    make_run_chunk,
+    merge_totals,
+    zero_totals,
+)
+from asgd_jax.training.evaluate import pad_to_batches
+from asgd_jax.training.optimizer import Values
+from asgd_jax.training.program import Facts, Run, build_run
+from asgd_jax.training.state import PyTree, TrainState
 
 
 class RunValues(NamedTuple):
@@ -82,19 +82,16 @@ def put_samples(dataset: Dataset, batch_size: int, *, full_train: bool) -> Sampl
     )
 
 
-Run = Callable[[RunValues, Samples, PyTree | None], tuple[Curve, PyTree]]
-TrainRow = Callable[[RunValues, Samples, TrainState, jax.Array], tuple[TrainState, ChunkTotals]]
-Measure = Callable[[Samples, TrainState], tuple[jax.Array, jax.Array, jax.Array]]
+WholeRun = Callable[[RunValues, Samples, PyTree | None], tuple[Curve, PyTree]]
 
 
-class Shape(NamedTuple):
-    """What the runs of one program share, beside their configuration.
+class Shared(NamedTuple):
+    """What the runs of one program share.
 
     Attributes:
       config: its `epochs` and `eval_every_epochs` give the number of rows; fields that are in
         `RunValues` are not read, but for whether there is any momentum.
-      plan: batches of an epoch.
-      dataset: for its normalisation and its sizes.
+      facts: of the data set.
       max_delay: the largest staleness of all runs; sizes the ring.
       stop_early: whether a run ends when it diverges or leaves. Not under `vmap`: `make_run_chunk`
         says why.
@@ -102,8 +99,7 @@ class Shape(NamedTuple):
     """
 
     config: ConfigDict
-    plan: BatchPlan
-    dataset: Dataset
+    facts: Facts
     max_delay: int
     stop_early: bool
     full_train: bool
@@ -118,41 +114,31 @@ class _Carry(NamedTuple):
     curve: Curve
 
 
-def make_run(shape: Shape) -> Run:
+def make_whole_run(shared: Shared) -> WholeRun:
     """Returns `run(values, samples, initial)`: a run from its first update to its last, pure.
 
     It gives the curve and the final live parameters. `initial` parameters take the place of the
     seed's where given, and fill the history.
     """
-    config = shape.config
+    config, facts = shared.config, shared.facts
     num_rows = -(-config.epochs // config.eval_every_epochs)
-    model = make_model(config, shape.dataset.num_classes)
-    chains = make_chains(config.batch_stats, shape.max_delay)
-    measure = _make_measure(shape, model, chains)
 
     def unfinished(carry: _Carry) -> jax.Array:
         more = carry.row < num_rows
-        return more & ~carry.ended if shape.stop_early else more
+        return more & ~carry.ended if shared.stop_early else more
 
-    def run(values: RunValues, samples: Samples, initial: PyTree | None) -> tuple[Curve, PyTree]:
-        tx = make_optimizer(
-            config,
-            _delay_process(values, shape.max_delay),
-            shape.plan.steps_per_epoch,
-            values.optimizer,
-        )
-        train_row = _make_train_row(shape, model, chains, tx)
-        init = make_init(model, tx, shape.dataset.train_images.shape[1:], chains.init)
-        state = init(jax.random.PRNGKey(values.optimizer.seed))
-        if initial is not None:
-            state = state._replace(params=initial, opt_state=tx.init(initial))
+    def whole(values: RunValues, samples: Samples, initial: PyTree | None) -> tuple[Curve, PyTree]:
+        process = _delay_process(values, shared.max_delay)
+        run = build_run(config, facts, process=process, values=values.optimizer)
+        train_row = _make_train_row(shared, run)
+        state = run.init(jax.random.PRNGKey(values.optimizer.seed), initial)
 
         def next_row(carry: _Carry) -> _Carry:
             state, totals = train_row(values, samples, carry.state, carry.epoch)
-            full_loss, loss, error = measure(samples, state)
+            full_loss, loss, error = _measure(shared, run, samples, state)
             means = totals.loss / totals.steps, totals.error / totals.steps
             row = Curve(state.step, *means, full_loss, loss, error, totals.diverged_at)
-            above = ~(full_loss <= values.leave_loss) & shape.full_train  # NaN is above
+            above = ~(full_loss <= values.leave_loss) & shared.full_train  # NaN is above
             diverged = totals.diverged_at != NOT_DIVERGED
             return _Carry(
                 row=carry.row + 1,
@@ -168,7 +154,7 @@ def make_run(shape: Shape) -> Run:
         last = jax.lax.while_loop(unfinished, next_row, first)
         return last.curve, last.state.params
 
-    return run
+    return whole
 
 
 def _delay_process(values: RunValues, max_delay: int) -> DelayProcess:
@@ -178,14 +164,12 @@ def _delay_process(values: RunValues, max_delay: int) -> DelayProcess:
 
 
 def _make_train_row(
-    shape: Shape, model: nn.Module, chains: BatchStatsChains, tx: optax.GradientTransformation
-) -> TrainRow:
+    shared: Shared, run: Run
+) -> Callable[[RunValues, Samples, TrainState, jax.Array], tuple[TrainState, ChunkTotals]]:
     """Returns `train_row(values, samples, state, epoch)`: the epochs from one row to the next."""
-    config, plan = shape.config, shape.plan
-    preprocess = make_preprocess(config, shape.dataset)
-    train_step = make_train_step(model, tx, preprocess, config.label_smoothing, chains=chains)
+    config, plan, early = shared.config, shared.facts.plan, shared.stop_early
     run_chunk = make_run_chunk(
-        train_step, shape.max_delay, config.divergence_loss, stop_early=shape.stop_early
+        run.advance, shared.max_delay, config.divergence_loss, stop_early=early
     )
 
     def train_row(
@@ -195,35 +179,27 @@ def _make_train_row(
             state, totals = carry
             order = data.epoch_batches(values.optimizer.seed, epoch + index, plan)
             fine = totals.diverged_at == NOT_DIVERGED
-            stop = jnp.where(fine, plan.steps_per_epoch, 0) if shape.stop_early else len(order)
+            stop = jnp.where(fine, plan.steps_per_epoch, 0) if early else len(order)
             state, more = run_chunk(state, samples.images, samples.labels, order, 0, stop)
-            diverged_at = jnp.where(fine, more.diverged_at, totals.diverged_at)
-            totals = jax.tree.map(jnp.add, totals, more)._replace(diverged_at=diverged_at)
-            return state, totals
+            return state, merge_totals(totals, more)
 
         # Under vmap a number of epochs that differs between runs would batch the whole state.
-        count = values.epochs_per_row if shape.stop_early else config.eval_every_epochs
-        first = state, zero_totals(shape.max_delay)
+        count = values.epochs_per_row if early else config.eval_every_epochs
+        first = state, zero_totals(shared.max_delay)
         return jax.lax.fori_loop(0, count, train_epoch, first)
 
     return train_row
 
 
-def _make_measure(shape: Shape, model: nn.Module, chains: BatchStatsChains) -> Measure:
-    """Returns `measure(samples, state)`: loss over the training set; validation loss and error."""
-    mean = make_mean(model, data.normalizer(shape.dataset))
-    num_train, num_validation = (
-        len(labels) for labels in (shape.dataset.train_labels, shape.dataset.validation_labels)
-    )
-
-    def measure(samples: Samples, state: TrainState) -> tuple[jax.Array, jax.Array, jax.Array]:
-        stats = chains.live(state.batch_stats, state.step)
-        loss, error = mean(state.params, stats, samples.validation_batches, num_validation)
-        if not shape.full_train:
-            return jnp.full((), jnp.nan), loss, error
-        return mean(state.params, stats, samples.train_batches, num_train)[0], loss, error
-
-    return measure
+def _measure(
+    shared: Shared, run: Run, samples: Samples, state: TrainState
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Loss over the training set (NaN if not asked for); validation loss and error."""
+    stats = run.statistics(state)
+    loss, error = run.measure(state.params, stats, samples.validation_batches).means()
+    if not shared.full_train:
+        return jnp.full((), jnp.nan), loss, error
+    return run.measure(state.params, stats, samples.train_batches).means()[0], loss, error
 
 
 def _empty_curve(num_rows: int) -> Curve:
@@ -232,7 +208,7 @@ def _empty_curve(num_rows: int) -> Curve:
 
 
 def compile_runs(
-    run: Run, runs_at_once: int, num_devices: int | None
+    run: WholeRun, runs_at_once: int, num_devices: int | None
 ) -> Callable[[RunValues, Samples, PyTree | None], Curve]:
     """Returns the program for a block of runs, split over the devices.
 

@@ -170,26 +170,33 @@ def delayed(
             accumulated=accumulated,
             inner_state=inner_state,
         )
-        return updates, _turn(state, due, params) if depth else state
-
-    def _turn(state: DelayedState, due: bool | jax.Array, params: PyTree) -> DelayedState:
-        """Stores the parameters of this update and picks those of the next gradient."""
-        step = state.num_updates
-        # Where no update is due it writes what the next call writes again: cheaper than a choice.
-        written = step - jnp.asarray(due, jnp.int32)
-        assert isinstance(state.history, Ring), "checked when the update began"
-        history = write_slot(state.history, written, params, history_dtype)
-        longest = jnp.minimum(depth, step - state.history_start)
-        staleness = jnp.clip(process.sample(state.key, step), 0, longest).astype(jnp.int32)
-        # Read now and kept: read at the start of the next step, the slices would be fused into
-        # every operation that uses a bias, and slow the model.
-        stale = read_slot(history, step - staleness, params, history_dtype)
-        if due is not True:
-            staleness = jnp.where(due, staleness, state.staleness)
-            stale = jax.tree.map(lambda new, old: jnp.where(due, new, old), stale, state.stale)
-        return state._replace(history=history, staleness=staleness, stale=stale)
+        return updates, _turn(state, due, params, process, history_dtype)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _turn(
+    state: DelayedState,
+    due: bool | jax.Array,
+    params: PyTree,
+    process: DelayProcess,
+    dtype: DTypeLike | None,
+) -> DelayedState:
+    """Stores the parameters of this update and picks those of the next gradient."""
+    if not isinstance(state.history, Ring):  # no delay
+        return state
+    step = state.num_updates
+    # Where no update is due it writes what the next call writes again: cheaper than a choice.
+    history = write_slot(state.history, step - jnp.asarray(due, jnp.int32), params, dtype)
+    longest = jnp.minimum(process.max_delay, step - state.history_start)
+    staleness = jnp.clip(process.sample(state.key, step), 0, longest).astype(jnp.int32)
+    # Read now and kept: read at the start of the next step, the slices would be fused into every
+    # operation that uses a bias, and slow the model.
+    stale = read_slot(history, step - staleness, params, dtype)
+    if due is not True:
+        staleness = jnp.where(due, staleness, state.staleness)
+        stale = jax.tree.map(lambda new, old: jnp.where(due, new, old), stale, state.stale)
+    return state._replace(history=history, staleness=staleness, stale=stale)
 
 
 def _check(state: DelayedState, depth: int, params: PyTree, dtype: DTypeLike | None) -> None:

@@ -244,7 +244,9 @@ def check_ring(
         return
     leaves, _, slots, _ = _paired(like, ring)
     for leaf, stored in zip(leaves, slots, strict=True):
-        wanted = stored.dtype if leaf is None else _stored_dtype(jnp.asarray(leaf), dtype)
+        if leaf is None:  # in the history too, or a leaf that is left out this time
+            continue
+        wanted = _stored_dtype(jnp.asarray(leaf), dtype)
         if stored.dtype != wanted:
             raise ValueError(
                 f"the state of {owner} has a history of dtype {stored.dtype} and needs {wanted}: "
@@ -289,11 +291,11 @@ def _paired(tree: PyTree, ring: Ring) -> tuple[list[Any], Any, list[Any], Any]:
             "that it is to update"
         )
     for (path, leaf), (_, stored) in zip(paths, slots, strict=True):
-        if leaf is not None and jnp.shape(leaf) != jnp.shape(stored)[1:]:
+        kept = None if stored is None else jnp.shape(stored)[1:]
+        if leaf is not None and jnp.shape(leaf) != kept:
             raise ValueError(
-                f"{_name(path)} has shape {jnp.shape(leaf)} and its history "
-                f"{jnp.shape(stored)[1:]}: initialise the optimizer with the tree that it is to "
-                "update"
+                f"{_name(path)} has shape {jnp.shape(leaf)} and its history {kept}: initialise the "
+                "optimizer with the tree that it is to update"
             )
     return [leaf for _, leaf in paths], structure, [leaf for _, leaf in slots], ring_structure
 

@@ -11,11 +11,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from asgd_jax import data
-from asgd_jax.training import Batch, default_config, loop, set_up, setup, train
+from asgd_jax.training import Batch, default_config, set_up, setup, train
+from asgd_jax.training.advance import follow_stream, stream_step
 from asgd_jax.training.chunk import NOT_DIVERGED, add_step, zero_totals
 from asgd_jax.training.config import validate_config
 from asgd_jax.training.optimizer import make_delay_process
-from asgd_jax.training.streamed_feed import _make_advance, _make_step
+from asgd_jax.training.setup import make_validation
 
 DELAY = 3
 
@@ -35,11 +36,11 @@ def test_a_step_is_dispatched_while_the_one_before_may_still_run(tiny_config):
     log = []
     state = set_up(tiny_config).state
 
-    def step(state, totals, batch):
+    def step(state, batch, totals):
         log.append(("dispatch", batch))
         return state, totals._replace(diverged_at=Flag(batch, log))
 
-    advance = _make_advance(lambda start: iter(range(start, 99)), step, lambda b: b, 8, DELAY)
+    advance = follow_stream(lambda start: iter(range(start, 99)), step, lambda b: b, 8, DELAY)
     advance(state, 1, 0, 5)
     waits = {"dispatch": -1}
     for kind, number in log:
@@ -54,14 +55,13 @@ def streamed(config):
     """Setup, the stream's step and `advance` on digits, as if they were read from disk."""
     setup = set_up(config)
     dataset = data.load("digits", num_train=256)
-    sharding = jax.tree.map(lambda leaf: leaf.sharding, setup.state)
-    step = _make_step(setup.train_step, config, setup.mesh, sharding)
+    step = stream_step(setup.run.advance, config.divergence_loss, setup.placement)
 
     def batches(start):
-        for samples in np.asarray(data.epoch_batches(0, 0, setup.feed.plan))[start:]:
+        for samples in np.asarray(data.epoch_batches(0, 0, setup.feed.facts.plan))[start:]:
             yield Batch(dataset.train_images[samples], dataset.train_labels[samples])
 
-    advance = _make_advance(batches, step, jax.device_put, 16, DELAY)
+    advance = follow_stream(batches, step, jax.device_put, 16, DELAY)
     return setup, batches, step, advance
 
 
@@ -69,7 +69,7 @@ def without_rings(state):
     """Leaves of a state by path, but the past parameters and momenta."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     named = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-    kept = {name: leaf for name, leaf in named.items() if not re.search(r"history|trace", name)}
+    kept = {name: leaf for name, leaf in named.items() if not re.search(r"history|buffers", name)}
     assert 0 < len(kept) < len(named)
     return kept
 
@@ -92,7 +92,7 @@ def without_rings(state):
 def test_a_run_stops_exactly_where_a_plain_loop_does(tiny_config, arm):
     tiny_config.update(delay=DELAY, **arm)
     setup, batches, _, advance = streamed(tiny_config)
-    plain_step = jax.jit(setup.train_step)
+    plain_step = jax.jit(setup.run.advance)
     expected, totals = jax.tree.map(jnp.array, setup.state), zero_totals(DELAY)
     for batch in batches(0):
         before = expected.step
@@ -116,8 +116,10 @@ def test_a_run_stops_exactly_where_a_plain_loop_does(tiny_config, arm):
 def test_the_check_copies_no_ring(tiny_config, kind):
     tiny_config.update(delay=DELAY, momentum=0.9, momentum_kind=kind)
     setup, batches, step, _ = streamed(tiny_config)
-    compiled = step.lower(setup.state, zero_totals(DELAY), next(batches(0))).compile()
-    lines = [line for line in compiled.as_text().splitlines() if "= f32[4,64,8]" in line]
+    compiled = step.lower(setup.state, next(batches(0)), zero_totals(DELAY)).compile()
+    lines = [
+        line for line in compiled.as_text().splitlines() if re.search(r"= f32\[[34],64,8\]", line)
+    ]
     assert lines
     assert not [line for line in lines if " copy(" in line or " select(" in line]
 
@@ -206,8 +208,7 @@ def test_every_field_is_heeded_or_refused(dataset, small_stream, monkeypatch, tm
         with config.unnoted():
             validate_config(config)
 
-    for module in (loop, setup):
-        monkeypatch.setattr(module, "validate_config", check)
+    monkeypatch.setattr(setup, "validate_config", check)
     config.noted.clear()
     train(config, tmp_path / "run", progress=False)
     for changes in DELAYS:
@@ -238,11 +239,9 @@ def test_evaluation_takes_no_more_at_once_than_it_was_asked_for(small_stream, mo
         eval_batch_size=9, num_devices=8,
     )  # fmt: skip
     setup = set_up(config)
-    evaluate = setup.feed.make_evaluate(setup.model, setup.mesh)
-    assert math.isfinite(evaluate(setup.state.params, {})[0])
+    assert math.isfinite(make_validation(config, setup)(setup.state)[0])
     assert small_stream == [16]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    evaluate = setup.feed.make_evaluate(setup.model, setup.mesh)
     with contextlib.suppress(ValueError):  # this process holds but half of the batch
-        evaluate(setup.state.params, {})
+        make_validation(config, setup)(setup.state)
     assert small_stream == [16, 16]
