@@ -21,7 +21,7 @@ from asgd_jax.data import plan_batches
 from asgd_jax.training import default_config
 from asgd_jax.training.program import Facts, build_run
 from asgd_jax.training.step import Batch
-from benchmarks.result import Goal, Options, Result, Row, Table, goal
+from benchmarks.result import Goal, Options, Result, Table, TableRow, goal
 from benchmarks.workers import checkout, serve, start
 from experiments.claims import at_most
 
@@ -50,7 +50,7 @@ def run(options: Options) -> Result:
     names = ["mlp"] if options.quick else list(COMPILED)
     with tempfile.TemporaryDirectory() as cache:
         cold, warm = compile_models(names, Path(cache)), compile_models(names, Path(cache))
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         {
             "model": name,
             **{f"{key} (s)": cold[name][key] for key in ("trace", "compile")},
@@ -90,14 +90,14 @@ def compile_models(names: list[str], cache: Path) -> dict[str, dict[str, float]]
         return {name: worker.ask(model=name, **COMPILED[name]) for name in names}
 
 
-def measure_starts(rounds: int) -> tuple[list[Row], list[Goal]]:
+def measure_starts(rounds: int) -> tuple[list[TableRow], list[Goal]]:
     """Starts train.py cold and warm in turns; returns the rows and goals."""
     seconds: dict[str, list[float]] = {"cold": [], "warm": []}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             for state, each in seconds.items():
                 each.append(time_start(Path(folder), Path(folder) / state))
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         {"cache": state, "median (s)": statistics.median(each), "fastest (s)": min(each)}
         for state, each in seconds.items()
     ]

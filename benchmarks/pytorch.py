@@ -12,7 +12,7 @@ import numpy as np
 from asgd_jax import data
 from benchmarks.harness import Times, interleave, ratio, spread
 from benchmarks.report import num_cores
-from benchmarks.result import Goal, Options, Result, Row, Skipped, Table, goal
+from benchmarks.result import Goal, Options, Result, Skipped, Table, TableRow, goal
 from benchmarks.workers import MALLOC, Worker, start
 from experiments.claims import at_least
 
@@ -82,7 +82,7 @@ def run(options: Options) -> Result:
       Skipped: where the interpreter has no PyTorch.
     """
     version = torch_version(options.torch_python)
-    rows, goals = list[Row](), list[Goal]()
+    rows, goals = list[TableRow](), list[Goal]()
     for case in QUICK_CASES if options.quick else CASES:
         times, losses = time_both(case, options.torch_python)
         row, case_goals = judge(case, times)
@@ -183,7 +183,7 @@ def alternate(sides: dict[str, Worker], case: Case, updates: int) -> tuple[Times
     return {name: [each / updates for each in times[name]] for name in times}, losses
 
 
-def judge(case: Case, times: Times) -> tuple[Row, list[Goal]]:
+def judge(case: Case, times: Times) -> tuple[TableRow, list[Goal]]:
     """Returns the row of a case and its goal, if it has one.
 
     Where PyTorch ran with one thread too, each round counts its faster time.
@@ -191,7 +191,7 @@ def judge(case: Case, times: Times) -> tuple[Row, list[Goal]]:
     theirs = [name for name in times if name != "jax"]
     best = [min(pair) for pair in zip(*(times[name] for name in theirs), strict=True)]
     faster = ratio({"jax": times["jax"], "best": best}, "best", "jax")
-    row: Row = {
+    row: TableRow = {
         "case": case.name,
         "speed / PyTorch": faster.median,
         "low quartile": faster.low,

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import linregress
 
 
 class Claim(NamedTuple):
@@ -25,20 +24,20 @@ class Claim(NamedTuple):
     holds: bool
 
 
-def outcome(claim: Claim) -> str:
+def outcome(claim: Claim, digits: int = 4) -> str:
     """Returns what a claim came to, in words.
 
     >>> outcome(Claim("time", "at most 1", math.nan, False))
     'time: not a number, expected at most 1'
     """
     known = claim.measured is not None and not math.isnan(claim.measured)  # JSON has no NaN
-    number = f"{claim.measured:.4g}" if known else "not a number"
+    number = f"{claim.measured:.{digits}g}" if known else "not a number"
     return f"{claim.claim}: {number}, expected {claim.expected}"
 
 
-def verdict(claim: Claim) -> str:
+def verdict(claim: Claim, digits: int = 4) -> str:
     """Returns whether a claim holds, and its outcome."""
-    return f"{'holds' if claim.holds else 'FAILS'}  {outcome(claim)}"
+    return f"{'holds' if claim.holds else 'FAILS'}  {outcome(claim, digits)}"
 
 
 def count_held(claims: Sequence[Claim]) -> str:
@@ -107,8 +106,11 @@ def fit_line(x: ArrayLike, y: ArrayLike) -> Line:
     >>> fit_line([0, 1, 2], [1, 3, 5])
     Line(slope=2.0, intercept=1.0, r_squared=1.0)
     """
-    if np.size(x) < 2 or np.ptp(x) == 0:
-        raise ValueError(f"a line needs two different values of x, got {np.asarray(x).tolist()}")
-    found = linregress(x, y)
-    explained = found.rvalue**2 if np.ptp(y) else math.nan
-    return Line(float(found.slope), float(found.intercept), float(explained))
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if x.size < 2 or x.min() == x.max():
+        raise ValueError(f"a line needs two different values of x, got {x.tolist()}")
+    dx, dy = x - x.mean(), y - y.mean()
+    slope = float(dx @ dy / (dx @ dx))
+    rest = dy - slope * dx
+    explained = 1.0 - float(rest @ rest) / float(dy @ dy) if dy.any() else math.nan
+    return Line(slope, float(y.mean() - slope * x.mean()), explained)

@@ -4,7 +4,6 @@
 33 workers. No download, no accelerator.
 """
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
+from asgd_jax.command_line import OneLineParser
 from asgd_jax.training import train
 from asgd_jax.training.metrics import read_rows
 from asgd_jax.training.preemption import run_command
@@ -23,7 +23,7 @@ from configs import digits
 from experiments import style
 
 # Arms of configs/digits.py, and what the demo changes in them.
-ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+_ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "S-SGD, large batch": ("ssgd", {}),
     # Logged more often than once an epoch: it does not last that long.
     "A-SGD, same learning rate": ("asgd_same", {"log_every_steps": 5}),
@@ -34,7 +34,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 def run(out: Path) -> dict[str, dict[str, Any]]:
     """Trains every arm into a folder of its own; returns the summaries by arm."""
     summaries = {}
-    for name, (arm, changes) in ARMS.items():
+    for name, (arm, changes) in _ARMS.items():
         print(f"training: {name}", flush=True)
         config = digits.get_config(arm)
         config.update(checkpoint_every_epochs=0, **changes)  # too short to need any
@@ -70,7 +70,7 @@ def plot(out: Path) -> Any:
     """Returns the figure: validation error and train loss against epochs, a line an arm."""
     asgd = digits.get_config("asgd")
     figure, (left, right) = style.new_figure(2)
-    for index, name in enumerate(ARMS):
+    for index, name in enumerate(_ARMS):
         rows = pd.DataFrame(read_rows(out / _folder(name))).set_index("epoch")
         look = {"color": style.COLOURS[index], "marker": style.MARKERS[index], "label": name}
         for axis, values in (
@@ -96,7 +96,7 @@ def plot(out: Path) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo from the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="demo", help="folder for all results")
     out = parser.parse_args(arguments).out
     return run_command("demo", lambda: _make(out), stopped="stopped; start it again, it is short")

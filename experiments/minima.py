@@ -7,19 +7,19 @@ sharpness of the minimum and $h^*$ of `stability.max_learning_rate`.
 `python -m experiments.minima` does it for a small network on scikit-learn's digits.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 import optax
 
+from asgd_jax.command_line import OneLineParser
 from experiments.edges.fullbatch import measure_max_learning_rate
 from experiments.edges.minimum import digits_problem, find_minimum
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints measured and predicted learning rates on digits; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--delays", type=int, nargs="+", default=[0, 1, 2, 4, 8, 16])
     delays = parser.parse_args(arguments).delays
     problem = digits_problem()

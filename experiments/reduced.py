@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from asgd_jax.command_line import OneLineParser
 from asgd_jax.training import train
 from asgd_jax.training.metrics import read_rows
 from asgd_jax.training.plan import num_classes
@@ -257,7 +258,7 @@ def describe_runs(content: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs from the command line; returns the exit code, see `run_command`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="results/reduced", help="of the table")
     parser.add_argument("--workdir", default="runs/reduced", help="of the runs")
     parser.add_argument("--only", default="", help="comma-separated names of runs; all by default")

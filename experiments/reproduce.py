@@ -165,7 +165,7 @@ def describe(summary: Mapping[str, Any], out: Path) -> str:
     claims = [Claim(**claim) for claim in summary["claims"]]
     lines = [
         f"figure {summary['figure']}: {summary['caption']}",
-        *map(verdict, claims),
+        *(verdict(claim, digits=6) for claim in claims),
         f"{count_held(claims)} claims hold; preset {summary['preset']}, "
         f"{summary['wall_time_s']:.3g} s; see {out / folder_name(summary['figure'])}",
     ]

@@ -31,7 +31,7 @@ DELAY = int(cifar10_resnet44.get_config("shifted").delay)
 
 STANDARD, NONE, SHIFTED = "standard momentum", "no momentum", "shifted momentum"
 _COLOURS = {STANDARD: style.RED, NONE: style.ORANGE, SHIFTED: style.BLUE}
-ARMS = take_arms(
+_ARMS = take_arms(
     cifar10_resnet44.get_config,
     {STANDARD: "standard", NONE: "no_momentum", SHIFTED: "shifted"},
     ("momentum", "momentum_kind", "dampening"),
@@ -75,9 +75,9 @@ PRESETS = {
 
 def run(config: ConfigDict, work: Path) -> list[Record]:
     """Returns the curves of every arm and seed, with the arm's name."""
-    points = run_points(ARMS.values(), config.seeds)
+    points = run_points(_ARMS.values(), config.seeds)
     records = sweep(config.train, points, work=work / "resnet_constant_rate")
-    return with_arm(records, ARMS)
+    return with_arm(records, _ARMS)
 
 
 def count_spikes(errors: np.ndarray) -> int:
@@ -101,11 +101,11 @@ def count_spikes(errors: np.ndarray) -> int:
 
 def claims(records: pd.DataFrame) -> list[Claim]:
     """Counts spikes, summed over seeds."""
-    spikes = {arm: sum(count_spikes(errors) for errors in _errors(records, arm)) for arm in ARMS}
+    spikes = {arm: sum(count_spikes(errors) for errors in _errors(records, arm)) for arm in _ARMS}
     return [
         at_most(
             "training error of the best arm at the end (spikes show where it is low)",
-            min(float(errors[-1]) for arm in ARMS for errors in _errors(records, arm)),
+            min(float(errors[-1]) for arm in _ARMS for errors in _errors(records, arm)),
             0.2,
         ),
         at_least(f"spikes with {STANDARD}", spikes[STANDARD], 1),
@@ -119,9 +119,9 @@ def claims(records: pd.DataFrame) -> list[Claim]:
 
 def plot(records: pd.DataFrame) -> Any:
     """Returns the figure: training error against epochs, a panel an arm."""
-    figure, axes = style.new_figure(len(ARMS), width=4.6, height=4)
+    figure, axes = style.new_figure(len(_ARMS), width=4.6, height=4)
     figure.suptitle(f"Training error at a constant learning rate, delay {DELAY}", fontsize=14)
-    for axis, arm in zip(axes, ARMS, strict=True):
+    for axis, arm in zip(axes, _ARMS, strict=True):
         runs = _errors(records, arm)
         for errors in runs:
             epochs = np.arange(1, len(errors) + 1)

@@ -17,7 +17,7 @@ import asgd_jax
 from asgd_jax.training.step import cross_entropy
 from benchmarks import delay_cost, growth, pytorch
 from benchmarks.jax_worker import make_epochs
-from benchmarks.loops import NUM_BATCHES, make_loop, make_problem
+from benchmarks.loops import NUM_BATCHES, make_loop, make_workload
 from benchmarks.result import Options, Skipped
 from benchmarks.run import ITEMS, item_names
 
@@ -28,7 +28,7 @@ DELAY = 3
 
 @pytest.fixture(scope="module")
 def problem():
-    return make_problem("mlp", 4, (4, 4, 1), **HIDDEN)
+    return make_workload("mlp", 4, (4, 4, 1), **HIDDEN)
 
 
 def test_a_loop_is_delayed_sgd_update_for_update(problem):
@@ -86,7 +86,7 @@ def test_further_updates_compile_nothing(problem):
 
 def test_the_delay_item_finds_the_history_exact():
     case = delay_cost.QUICK_CASES[0]._replace(delays=(1, 4))
-    small = make_problem(case.model, case.batch_size, **case.model_options)
+    small = make_workload(case.model, case.batch_size, **case.model_options)
     rows, goals = delay_cost.measure_group(case, small, delay_cost.groups(case)[0])
     assert [row["history (sets)"] for row in rows] == [2.0, 5.0]
     exact = [one for one in goals if "exactly" in one.claim]
