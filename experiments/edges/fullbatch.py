@@ -84,8 +84,6 @@ def measure_max_learning_rate(
       Giladi, Nacson, Hoffer, Soudry, "At Stability's Edge", ICLR 2020, fig. 2.
     """
     delay = as_integer(delay, "delay")
-    if not (math.isfinite(resolution) and resolution > 0):
-        raise ValueError(f"resolution must be a finite number > 0, got {resolution!r}: try 0.02")
     method: dict[str, Any] = {"momentum": momentum, "kind": kind, "dampening": dampening}
     predicted = stability.max_learning_rate(delay, sharpness=minimum.sharpness, **method)
     steps = math.ceil(e_fold(delay, resolution, **method))

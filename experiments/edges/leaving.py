@@ -1,5 +1,6 @@
 """When a run has left a minimum, how long it is given to, and the search for the edge."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,12 @@ def e_fold(delay: int, resolution: float, **method: Any) -> float:
       delay: int >= 0.
       resolution: relative distance of neighbouring learning rates, > 0.
       **method: momentum, kind and dampening, as in `stability.max_learning_rate`.
+
+    Raises:
+      ValueError: for a bad argument.
     """
+    if not (math.isfinite(resolution) and resolution > 0):
+        raise ValueError(f"resolution must be a finite number > 0, got {resolution!r}: try 0.02")
     just_above = (1.0 + resolution) * stability.max_learning_rate(delay, **method)
     return stability.growth_time(delay, step=just_above, **method)
 

@@ -200,11 +200,15 @@ def find_edges(
     ]
     if extra:
         run(extra)
-    same = {"minimum_loss": start.loss, "sharpness": start.sharpness}
+    return [row for pair in pairs for row in _marked(found[pair], start)]
+
+
+def _marked(runs: dict[int, list[Record]], start: Start) -> list[Record]:
+    """The rows of runs, in the order of their indices, with what became of each run."""
+    same, limit = {"minimum_loss": start.loss, "sharpness": start.sharpness}, most_loss(start.loss)
     return [
         {**row, "index": index, "left": int(has_left(rows, limit)), **same}
-        for pair in pairs
-        for index, rows in sorted(found[pair].items())
+        for index, rows in sorted(runs.items())
         for row in rows
     ]
 
