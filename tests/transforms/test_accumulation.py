@@ -8,6 +8,7 @@ import pytest
 from test_compiled import BATCH, DELAY, PARAM_BYTES, WIDTH, compile_step, delayed_step, ring_copies
 
 import asgd_jax
+from asgd_jax.transforms.accumulation import accumulate, init_accumulation
 
 START = jnp.array([1.0, -2.0])
 
@@ -77,3 +78,13 @@ def test_bad_options_are_refused():
         asgd_jax.delayed(optax.sgd(0.1), 2, every=0)
     with pytest.raises(ValueError, match=r"every must be an integer >= 0, got 1.5"):
         asgd_jax.delayed(optax.sgd(0.1), 2, every=1.5)
+
+
+def test_frozen_and_integer_leaves_accumulate_nothing():
+    params = {"w": jnp.ones(2), "frozen": jnp.ones(2), "n": jnp.ones(2, jnp.int32)}
+    grads = {"w": jnp.full(2, 4.0), "frozen": None, "n": np.zeros(2, jax.dtypes.float0)}
+    due, mean, _ = accumulate(grads, init_accumulation(params, 2), 2, True)
+    assert mean["frozen"] is None
+    assert mean["n"].dtype == jax.dtypes.float0
+    np.testing.assert_array_equal(mean["w"], [2.0, 2.0])
+    assert not due

@@ -295,8 +295,15 @@ def test_frozen_leaves_have_no_gradient(name):
 
 def test_an_injected_delay_is_told_to_be_static():
     make = optax.inject_hyperparams(lambda rate, delay: asgd_jax.delayed(optax.sgd(rate), delay))
-    with pytest.raises(ValueError, match=r'name it in static_args=\("delay",\)'):
+    with pytest.raises(ValueError, match=r'them in static_args=\("delay", "every", "skip_nonfin'):
         jax.jit(make(rate=0.1, delay=3).init)(jnp.zeros(2))
+    direct = optax.inject_hyperparams(
+        asgd_jax.delayed, static_args=("delay", "every", "skip_nonfinite")
+    )
+    follow(direct(optax.sgd(0.1), delay=3))
+    shifted = optax.inject_hyperparams(asgd_jax.shifted_sgd)(0.1, momentum=0.9, delay=3)
+    with pytest.raises(ValueError, match=r'name it in static_args=\("delay",\)'):
+        jax.jit(shifted.init)(jnp.zeros(2))
     tx = optax.inject_hyperparams(
         lambda rate, delay: asgd_jax.delayed(optax.sgd(rate), delay), static_args=("delay",)
     )(rate=0.1, delay=3)
@@ -318,7 +325,7 @@ def test_a_half_precision_history_that_was_cast_is_refused():
     params = jnp.full(2, 1.5)
     state = tx.init(params)
     cast = state._replace(history=optax.tree.cast(state.history, jnp.float32))
-    with pytest.raises(ValueError, match=r"history of dtype float32 and needs uint16: something"):
+    with pytest.raises(ValueError, match=r"history of dtype float32 and needs uint16: it was made"):
         tx.update(params, cast, params)
 
 
@@ -353,3 +360,91 @@ def test_a_constant_delay_can_be_data():
         jax.vmap(lambda delay: run(delays.constant(delay)))(jnp.arange(3))
     with pytest.raises(ValueError, match=r"delay must be an integer scalar, got float32"):
         jax.vmap(lambda delay: run(delays.constant(delay, max_delay=3)))(jnp.arange(3.0))
+
+
+def test_a_strict_neighbour_costs_shifted_momentum_no_check():
+    params = jnp.zeros(2)
+    strict = optax.GradientTransformationExtraArgs(
+        lambda params: (), lambda updates, state, params=None: (updates, state)
+    )
+    tx = asgd_jax.delayed(optax.chain(strict, asgd_jax.shifted_sgd(0.1, 0.9, 4)), 8)
+    with pytest.raises(ValueError, match=r"max_delay=4 inside delayed of max_delay=8"):
+        tx.update(params, tx.init(params), params)
+    follow(asgd_jax.delayed(optax.chain(strict, asgd_jax.shifted_sgd(0.1, 0.9, 4)), 4))
+    process = delays.uniform(0, 4)
+    tx = asgd_jax.delayed(optax.chain(strict, asgd_jax.shifted_sgd(0.1, 0.9, process)), process)
+    with pytest.raises(ValueError, match=r"takes no extra arguments, so that it cannot be handed"):
+        tx.update(params, tx.init(params), params)
+
+
+def test_an_inner_is_handed_what_it_names():
+    def update(updates, state, params=None, *, staleness):
+        return updates * (1 + staleness), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    tx = asgd_jax.delayed(inner, 2)
+    state, seen = tx.init(jnp.zeros(())), []
+    for _ in range(4):
+        updates, state = tx.update(jnp.ones(()), state, jnp.zeros(()))
+        seen.append(float(updates))
+    assert seen == [1.0, 2.0, 3.0, 3.0]
+
+
+def test_a_jitted_inner_optimizer_works():
+    inner = asgd_jax.shifted_sgd(0.1, 0.9, 3)
+    jitted = optax.GradientTransformationExtraArgs(inner.init, jax.jit(inner.update))
+    _, params = follow(asgd_jax.delayed(jitted, 3))
+    _, expected = follow(asgd_jax.delayed(inner, 3))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, expected)
+
+
+def test_two_delays_of_the_parameters_are_refused():
+    tx = asgd_jax.delayed(asgd_jax.delayed(optax.sgd(0.1), 2), 3)
+    with pytest.raises(ValueError, match="delayed inside delayed"):
+        tx.init(jnp.zeros(2))
+    one = asgd_jax.delayed(asgd_jax.delayed(optax.sgd(0.1), 0), 3)
+    assert one.init(jnp.zeros(2)).history.slots.shape == (3, 2)
+
+
+def test_states_of_several_runs_may_be_stacked():
+    """As many runs as parameters: a mask of runs must not be taken for one of parameters."""
+    tx, params = asgd_jax.delayed(optax.sgd(0.1), delays.from_trace([0, 1])), jnp.ones(2)
+    first, live = tx.init(params), jnp.full(2, 5.0)
+    _, later = tx.update(jnp.zeros(2), first, params)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, later)
+    stale = asgd_jax.stale_params(stacked, jnp.stack([live, live]))
+    np.testing.assert_array_equal(stale, [[5.0, 5.0], [1.0, 1.0]])
+
+
+def test_the_two_half_precisions_are_told_apart():
+    params = jnp.full(2, 1.5)
+    state = asgd_jax.delayed(optax.sgd(0.1), 2, history_dtype=jnp.bfloat16).init(params)
+    with pytest.raises(ValueError, match=r"history of dtype uint16 and needs int16"):
+        asgd_jax.delayed(optax.sgd(0.1), 2, history_dtype=jnp.float16).update(params, state, params)
+    wide = asgd_jax.delayed(optax.sgd(0.1), 2, history_dtype=float)  # float64 is float32 here
+    wide.update(params, wide.init(params), params)
+
+
+def test_stale_parameters_have_the_dtype_of_the_live_ones():
+    tx = asgd_jax.delayed(optax.sgd(0.1), 2)
+    state = tx.init(jnp.ones(2))
+    assert asgd_jax.stale_params(state, jnp.ones(2, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_processes_are_held_to_what_they_promise():
+    with pytest.raises(ValueError, match=r"max_delay must be an integer >= 0, got 2.5"):
+        asgd_jax.delayed(optax.sgd(0.1), delays.DelayProcess(2.5, None, lambda key, step: step))
+    vector = delays.DelayProcess(2, None, lambda key, step: jnp.zeros(1, jnp.int32))
+    tx = asgd_jax.delayed(optax.sgd(0.1), vector)
+    with pytest.raises(ValueError, match=r"must sample a scalar, got shape \(1,\)"):
+        tx.update(jnp.zeros(2), tx.init(jnp.zeros(2)), jnp.zeros(2))
+    small = jax.jit(lambda k: delays.constant(k, max_delay=200).sample(None, 0))(jnp.int8(100))
+    assert int(small) == 100
+
+
+def test_a_parameter_that_is_left_out_of_one_update_is_refused():
+    tx = asgd_jax.delayed(optax.sgd(0.1), 2)
+    state = tx.init({"a": jnp.zeros(2), "b": jnp.zeros(2)})
+    grads = {"a": jnp.zeros(2), "b": None}
+    with pytest.raises(ValueError, match=r"history of dtype float32 and needs None"):
+        tx.update(grads, state, {"a": jnp.zeros(2), "b": None})

@@ -131,7 +131,7 @@ def test_inner_sees_the_staleness_the_stale_parameters_and_the_callers_arguments
     for step in range(4):
         updates, state = tx.update(jnp.array(1.0), state, params, value=step, other="x")
         params = optax.apply_updates(params, updates)
-    other = {"other": "x", "max_delay": 2}
+    other = {"other": "x"}
     assert seen == [
         (0, 10.0, 10.0, 0, other),
         (1, 10.0, 9.0, 1, other),

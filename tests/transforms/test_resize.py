@@ -73,7 +73,7 @@ def test_half_precision_bits_survive():
     state = make(8, jnp.bfloat16).init(START)
     for step in range(12):
         _, state = make(8, jnp.bfloat16).update(START, state, START * step)
-    short = asgd_jax.resize_history(state, 3, history_dtype=jnp.bfloat16)
+    short = asgd_jax.resize_history(state, 3)
     assert int(short.staleness) == 3
     np.testing.assert_array_equal(asgd_jax.stale_params(short, START), START * 9)
 
@@ -97,3 +97,33 @@ def test_other_states_of_another_delay_are_refused():
             ValueError, match=r"has 4 slots for the parameter and its delay needs 6"
         ):
             make_one(5).update(START, make_one(3).init(START))
+
+
+@pytest.mark.parametrize("options", [{"every": 3}, {"skip_nonfinite": True}])
+def test_between_two_updates_nothing_of_the_past_is_lost(options):
+    """A call that makes no update, then a longer history: it holds what the loop held."""
+    tx = asgd_jax.delayed(optax.sgd(0.1), 2, **options)
+    params, state, held = START, tx.init(START), [START]
+    while int(state.num_updates) < 5:
+        grads = gradient(asgd_jax.stale_params(state, params), int(state.num_updates))
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        if int(state.num_updates) == len(held):
+            held.append(params)
+    _, state = tx.update(jnp.full(2, jnp.nan), state, params)
+    assert int(state.num_updates) == 5
+    slots = asgd_jax.resize_history(state, 4).history.slots
+    np.testing.assert_array_equal(slots[4 % 4], held[4])
+    np.testing.assert_array_equal(slots[3 % 4], held[3])
+
+
+def test_what_holds_no_history_is_refused():
+    with pytest.raises(ValueError, match=r"no history in an optimizer state of type dict: restore"):
+        asgd_jax.resize_history({"a": jnp.zeros(2)}, 3)
+
+
+def test_a_history_from_nothing_may_be_donated():
+    state = asgd_jax.delayed(optax.sgd(0.1), 0).init(START)
+    state = asgd_jax.resize_history(state, 3, START)
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state, START))]
+    assert len(set(buffers)) == len(buffers)

@@ -111,7 +111,7 @@ def constant(delay: int | jax.Array, max_delay: int | None = None) -> DelayProce
         limit = as_integer(max_delay, "max_delay")
         if delay.ndim or not jnp.issubdtype(delay.dtype, jnp.integer):
             raise ValueError(f"delay must be an integer scalar, got {delay.aval.str_short()}")
-        clamped = jnp.clip(delay, 0, limit).astype(jnp.int32)
+        clamped = jnp.clip(delay.astype(jnp.int32), 0, limit)
         return DelayProcess(limit, None, lambda key, step: clamped)
     delay = as_integer(delay, "delay")
     limit = delay if max_delay is None else as_integer(max_delay, "max_delay")
@@ -231,4 +231,6 @@ def as_process(delay: "int | DelayProcess") -> DelayProcess:
     >>> as_process(4).max_delay
     4
     """
-    return delay if isinstance(delay, DelayProcess) else constant(as_integer(delay, "delay"))
+    if isinstance(delay, DelayProcess):
+        return delay._replace(max_delay=as_integer(delay.max_delay, "max_delay"))
+    return constant(as_integer(delay, "delay"))

@@ -49,7 +49,8 @@ def accumulate(
     """
     fine: bool | jax.Array = True
     if skip_nonfinite:
-        leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients)]
+        inexact = [g for g in jax.tree.leaves(gradients) if jnp.issubdtype(g.dtype, jnp.inexact)]
+        leaves = [jnp.isfinite(leaf).all() for leaf in inexact]
         fine = jnp.all(jnp.stack(leaves)) if leaves else True
     if every == 1:
         return fine, gradients, accumulated
@@ -57,15 +58,19 @@ def accumulate(
     due = fine & (number == every)
 
     def add(gradient: Any, mean: Any) -> Any:
-        return mean if gradient is None else mean + gradient.astype(mean.dtype) / every
+        if gradient is None or gradient.dtype == jax.dtypes.float0:  # a frozen or an integer leaf
+            return gradient
+        return mean + gradient.astype(mean.dtype) / every
 
-    mean = jax.tree.map(add, gradients, accumulated.mean_so_far, is_leaf=_is_none)
-    # A gradient left out is not added, and zero times infinity is not zero.
-    kept = jax.tree.map(
-        lambda old, new: jnp.where(due, 0, jnp.where(fine, new, old)).astype(old.dtype),
-        accumulated.mean_so_far,
-        mean,
-    )
+    def keep(new: Any, old: Any) -> Any:
+        if new is None or new.dtype == jax.dtypes.float0:
+            return old
+        # A gradient left out is not added, and zero times infinity is not zero.
+        return jnp.where(due, 0, jnp.where(fine, new, old)).astype(old.dtype)
+
+    so_far = accumulated.mean_so_far
+    mean = jax.tree.map(add, gradients, so_far, is_leaf=_is_none)
+    kept = jax.tree.map(keep, mean, so_far, is_leaf=_is_none)
     return due, mean, Accumulation(jnp.where(due, 0, number), kept)
 
 
@@ -85,7 +90,8 @@ def update_if(
     shapes, _ = jax.eval_shape(update, gradients, state)
 
     def skip(gradients: PyTree, state: optax.OptState) -> tuple[PyTree, optax.OptState]:
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), state
+        # Of shapes, and not of their sizes: these carry shardings and mapped axes too.
+        return jax.tree.map(jnp.zeros_like, shapes), state
 
     return jax.lax.cond(due, update, skip, gradients, state)
 

@@ -10,7 +10,6 @@ from asgd_jax.delays.processes import DelayProcess, as_process
 from asgd_jax.transforms.history import (
     PyTree,
     Ring,
-    as_dtypes_of,
     check_ring,
     init_ring,
     write_then_read,
@@ -48,8 +47,7 @@ def delay_gradients(
 
     Returns:
       A GradientTransformation with a `DelayGradientsState`. Gradients are stored with the dtypes
-      of the parameters and handed on with their own; a None (a frozen leaf) stays None. With half-
-      precision parameters and other gradients `update` needs `params`.
+      of the parameters and handed on with their own; a None (a frozen leaf) stays None.
 
     Raises:
       ValueError: for a delay that is neither an integer >= 0 nor a DelayProcess; from `update`, for
@@ -82,14 +80,13 @@ def delay_gradients(
     def update_fn(
         updates: PyTree, state: DelayGradientsState, params: PyTree | None = None
     ) -> tuple[PyTree, DelayGradientsState]:
-        check_ring(state.gradients, depth, f"delay_gradients(max_delay={depth - 1})")
+        owner = f"delay_gradients(max_delay={depth - 1})"
+        check_ring(state.gradients, depth, owner, () if params is None else params)
         step = state.num_gradients
         staleness = jnp.clip(process.sample(state.key, step), 0, depth - 1)
         # The new gradient is stored first, which costs one slot more than a queue and saves a copy
         # of all slots: it does not depend on the gradient that it replaces.
-        stored = as_dtypes_of(params, updates)
-        gradients, old = write_then_read(state.gradients, step, stored, step - staleness)
-        old = as_dtypes_of(updates, old)
+        gradients, old = write_then_read(state.gradients, step, updates, step - staleness, updates)
         return old, DelayGradientsState(step + 1, gradients, state.key)
 
     return optax.GradientTransformation(init_fn, update_fn)

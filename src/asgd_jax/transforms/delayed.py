@@ -9,11 +9,13 @@ from jax.typing import DTypeLike
 
 from asgd_jax.delays.processes import DelayProcess, as_integer, as_process
 from asgd_jax.transforms.accumulation import accumulate, init_accumulation, update_if
+from asgd_jax.transforms.hand_down import hand_down
 from asgd_jax.transforms.history import (
     PyTree,
     Ring,
     check_ring,
     init_ring,
+    keep_slot_unless,
     of_shape,
     read_slot,
     write_slot,
@@ -82,8 +84,8 @@ def delayed(
 
     What `inner` sees: stale gradients, *live* parameters (weight decay and clipping act on the
     server), and, if it takes them, the extra arguments `staleness` (int32 scalar, of this
-    gradient), `stale_params` and `max_delay` (int), for staleness-aware transforms. They are left
-    out when `inner`, or a member of its chain, refuses one of them.
+    gradient) and `stale_params`, for staleness-aware transforms. One that `inner`, or a member of
+    its chain, refuses is left out.
 
     Gradient accumulation: with `every=k` the loop makes k calls an update, their gradients are
     averaged, and k - 1 of the k updates are zero; delays count updates. `optax.MultiSteps(delayed(
@@ -98,7 +100,8 @@ def delayed(
         that of `inner`.
       history_dtype: floating-point dtype that stores the history (`jnp.bfloat16` halves it); the
         parameters' own by default. Gradients of staleness >= 1 are then taken at rounded
-        parameters; the live parameters are never rounded. Half precision is stored as uint16 bits.
+        parameters; the live parameters are never rounded. Half precision is stored as bits, through
+        which no derivative with respect to older parameters passes.
       seed: seed of the delay process, an int or an int scalar array.
       every: int >= 1, gradients of one update. Their mean has the parameters' dtype.
       skip_nonfinite: a gradient with an entry that is not finite changes nothing: no parameter, no
@@ -126,6 +129,7 @@ def delayed(
     References:
       Giladi et al., "At Stability's Edge", ICLR 2020, section 2.
     """
+    _refuse_traced(delay=delay, every=every, skip_nonfinite=skip_nonfinite)
     process = as_process(delay)
     depth = process.max_delay
     if history_dtype is not None and not jnp.issubdtype(history_dtype, jnp.floating):
@@ -135,6 +139,8 @@ def delayed(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: PyTree) -> DelayedState:
+        inner_state = inner.init(params)
+        _refuse_delay_within(inner_state, depth)
         return DelayedState(
             num_updates=jnp.zeros((), jnp.int32),
             history=init_ring(params, depth, history_dtype) if depth else (),
@@ -143,7 +149,7 @@ def delayed(
             stale=jax.tree.map(lambda leaf: of_shape(jnp.array, leaf), params) if depth else (),
             key=jax.random.PRNGKey(seed),
             accumulated=init_accumulation(params, every),
-            inner_state=inner.init(params),
+            inner_state=inner_state,
         )
 
     def update_fn(
@@ -152,16 +158,14 @@ def delayed(
         if params is None:
             raise ValueError("delayed needs params, got None: call update(grads, state, params)")
         _check(state, depth, params, history_dtype)
-        handed = {
-            "staleness": state.staleness,
-            "stale_params": stale_params(state, params),
-            "max_delay": depth,
-        }
+        handed = {"staleness": state.staleness, "stale_params": stale_params(state, params)}
 
         def apply(gradients: PyTree, inner_state: optax.OptState) -> tuple[PyTree, optax.OptState]:
-            return _with_those_it_takes(
-                inner.update, (gradients, inner_state, params), extra_args, handed
+            arguments = (gradients, inner_state, params)
+            made: tuple[PyTree, optax.OptState] = hand_down(
+                inner.update, arguments, extra_args, handed, depth
             )
+            return made
 
         due, updates, accumulated = accumulate(updates, state.accumulated, every, skip_nonfinite)
         updates, inner_state = update_if(due, apply, updates, state.inner_state)
@@ -170,7 +174,7 @@ def delayed(
             accumulated=accumulated,
             inner_state=inner_state,
         )
-        return updates, _turn(state, due, params, process, history_dtype)
+        return updates, _turn(state, due, params, process)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -180,19 +184,23 @@ def _turn(
     due: bool | jax.Array,
     params: PyTree,
     process: DelayProcess,
-    dtype: DTypeLike | None,
 ) -> DelayedState:
     """Stores the parameters of this update and picks those of the next gradient."""
     if not isinstance(state.history, Ring):  # no delay
         return state
     step = state.num_updates
-    # Where no update is due it writes what the next call writes again: cheaper than a choice.
-    history = write_slot(state.history, step - jnp.asarray(due, jnp.int32), params, dtype)
+    written = step - jnp.asarray(due, jnp.int32)
+    history = write_slot(
+        state.history, written, keep_slot_unless(due, state.history, written, params)
+    )
     longest = jnp.minimum(process.max_delay, step - state.history_start)
-    staleness = jnp.clip(process.sample(state.key, step), 0, longest).astype(jnp.int32)
+    drawn = jnp.asarray(process.sample(state.key, step))
+    if drawn.shape:
+        raise ValueError(f"a delay process must sample a scalar, got shape {drawn.shape}")
+    staleness = jnp.clip(drawn.astype(jnp.int32), 0, longest)
     # Read now and kept: read at the start of the next step, the slices would be fused into every
     # operation that uses a bias, and slow the model.
-    stale = read_slot(history, step - staleness, params, dtype)
+    stale = read_slot(history, step - staleness, params)
     if due is not True:
         staleness = jnp.where(due, staleness, state.staleness)
         stale = jax.tree.map(lambda new, old: jnp.where(due, new, old), stale, state.stale)
@@ -211,17 +219,21 @@ def _check(state: DelayedState, depth: int, params: PyTree, dtype: DTypeLike | N
         )
 
 
-def _with_those_it_takes(
-    update: Any, arguments: tuple[Any, ...], given: dict[str, Any], optional: dict[str, Any]
-) -> Any:
-    """Calls `update` with the optional keywords, or without where one of them is unknown to it.
+def _refuse_delay_within(inner_state: optax.OptState, depth: int) -> None:
+    """Refuses a second delay of the parameters, which nothing would ever ask for."""
+    nodes = jax.tree.leaves(inner_state, is_leaf=lambda node: isinstance(node, DelayedState))
+    if depth and any(isinstance(node, DelayedState) and node.history != () for node in nodes):
+        raise ValueError(
+            "delayed inside delayed: gradients can be taken at one set of stale parameters only; "
+            "give the sum of both delays to one of them"
+        )
 
-    A chain takes every keyword and hands it to members that may not, so signatures do not tell.
-    """
-    try:
-        return update(*arguments, **(given | optional))
-    except TypeError as error:
-        said = str(error)
-        if not ("unexpected keyword argument" in said.lower() and any(k in said for k in optional)):
-            raise
-    return update(*arguments, **given)
+
+def _refuse_traced(**options: Any) -> None:
+    if any(isinstance(value, jax.core.Tracer) for value in options.values()):
+        names = ", ".join(f'"{name}"' for name in options)
+        raise ValueError(
+            f"delayed needs {names} when it is built and got a traced value: with "
+            f"optax.inject_hyperparams name them in static_args=({names}); for a delay that is "
+            "data use asgd_jax.delays.constant(delay, max_delay=...)"
+        )

@@ -7,10 +7,10 @@ The slot axis is the first one, where a write moves one contiguous block and a r
 that derive an optimizer state's shardings from those of the parameters would put the parameter's
 first mesh axis on it; `Ring` and `init_ring` see to it that they leave it whole.
 
-Half-precision values are stored as their bits, in uint16: XLA:CPU has no half-precision arithmetic
-and turns a slot write into "convert the whole ring to float32, write, convert back", so that a step
-would cost as much as the history is long. (Gradients with respect to the parameters do not pass
-through such a ring; they do through any other.)
+Half-precision values are stored as their bits, bfloat16 in uint16 and float16 in int16: XLA:CPU has
+no half-precision arithmetic and turns a slot write into "convert the whole ring to float32, write,
+convert back", so that a step would cost as much as the history is long. (Gradients with respect to
+the parameters do not pass through such a ring; they do through any other.)
 """
 
 from collections.abc import Callable, Iterable
@@ -32,7 +32,8 @@ class Ring(NamedTuple):
 
     Attributes:
       slots: pytree like the stored one, with leaves of shape (depth, *leaf.shape); half-precision
-        leaves are uint16 bits.
+        leaves are bits. (What `map_params` is to make of them must be the shardings alone, by
+        `lambda _, sharding: sharding`: a function that places arrays sees the slot axis first.)
     """
 
     slots: PyTree
@@ -102,7 +103,10 @@ def init_ring(tree: PyTree, depth: int, dtype: DTypeLike | None = None) -> Ring:
     """
 
     def stack(leaf: Any) -> Any:
-        return jnp.repeat(_pack(jnp.asarray(leaf), dtype)[None], depth, axis=0)
+        leaf = jnp.asarray(leaf)
+        if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
+            leaf = leaf.astype(jax.dtypes.canonicalize_dtype(dtype))
+        return jnp.repeat(_to_bits(leaf)[None], depth, axis=0)
 
     def stack_node(node: Any) -> Any:
         slots = jax.tree.map(lambda leaf: of_shape(stack, leaf), node)
@@ -129,17 +133,13 @@ def of_shape(function: Callable[[Any], Any], leaf: Any) -> Any:
     return function(leaf)
 
 
-def write_slot(
-    ring: Ring, slot: jax.Array | int, tree: PyTree, dtype: DTypeLike | None = None
-) -> Ring:
+def write_slot(ring: Ring, slot: jax.Array | int, tree: PyTree) -> Ring:
     """Returns the ring with `tree` in slot `slot`.
 
     Args:
-      ring: as `init_ring(tree, depth, dtype)` returns.
+      ring: as `init_ring` returns.
       slot: int32 scalar, traced or not.
-      tree: what to store, None for leaves that stay; floating-point leaves may have another
-        precision than the ring, unless that holds bits.
-      dtype: as given to `init_ring`.
+      tree: what to store, in the ring's precision; None for leaves that stay.
 
     Raises:
       ValueError: for a tree of other leaves than the ring's.
@@ -148,25 +148,20 @@ def write_slot(
     def write(leaf: Any, slots: jax.Array) -> jax.Array:
         if leaf is None:
             return slots
-        leaf = jnp.asarray(leaf)
-        as_value = jnp.issubdtype(slots.dtype, jnp.floating)
-        stored = leaf.astype(slots.dtype) if as_value else _pack(leaf, dtype)
+        stored = _to_bits(jnp.asarray(leaf).astype(_value_dtype(slots, leaf)))
         return jax.lax.dynamic_update_index_in_dim(slots, stored, slot % slots.shape[0], axis=0)
 
     leaves, _, rings, structure = _paired(tree, ring)
     return Ring(jax.tree.unflatten(structure, map(write, leaves, rings)))
 
 
-def read_slot(
-    ring: Ring, slot: jax.Array | int, like: PyTree, dtype: DTypeLike | None = None
-) -> PyTree:
+def read_slot(ring: Ring, slot: jax.Array | int, like: PyTree) -> PyTree:
     """Returns the pytree stored in slot `slot`, with the structure and dtypes of `like`.
 
     Args:
-      ring: as `init_ring(tree, depth, dtype)` returns.
+      ring: as `init_ring` returns.
       slot: int32 scalar, traced or not.
-      like: pytree with the leaves of `tree`; None in it gives None.
-      dtype: as given to `init_ring`.
+      like: pytree with the leaves of what is stored; None in it gives None.
 
     Raises:
       ValueError: for a tree of other leaves than the ring's.
@@ -181,41 +176,47 @@ def read_slot(
             return None
         index = slot % slots.shape[0]
         stored = jax.lax.dynamic_index_in_dim(slots, index, keepdims=False)
-        return _unpack(stored, jnp.asarray(leaf), dtype)
+        value = _value_dtype(slots, leaf)
+        # Only where there are bits to turn back: JAX sends no gradient through this conversion.
+        if stored.dtype != value:
+            stored = jax.lax.bitcast_convert_type(stored, value)
+        return stored.astype(jnp.asarray(leaf).dtype)
 
     leaves, structure, rings, _ = _paired(like, ring)
     return jax.tree.unflatten(structure, map(read, leaves, rings))
 
 
 def write_then_read(
-    ring: Ring,
-    write: jax.Array | int,
-    tree: PyTree,
-    read: jax.Array | int,
-    dtype: DTypeLike | None = None,
+    ring: Ring, write: jax.Array | int, tree: PyTree, read: jax.Array | int, like: PyTree
 ) -> tuple[Ring, PyTree]:
     """Writes `tree` into slot `write`, then reads slot `read` from the result.
 
     In this order a donated ring is updated in place. Read first and the slices are fused into
     whatever uses them, perhaps after the write: XLA then keeps the old ring alive by copying it.
     """
-    ring = write_slot(ring, write, tree, dtype)
-    return ring, read_slot(ring, read, tree, dtype)
+    ring = write_slot(ring, write, tree)
+    return ring, read_slot(ring, read, like)
 
 
-def as_dtypes_of(reference: PyTree | None, tree: PyTree) -> PyTree:
-    """Returns `tree` with the dtypes of `reference`, if there is one; None stays None.
+def keep_slot_unless(write: bool | jax.Array, ring: Ring, slot: jax.Array, tree: PyTree) -> PyTree:
+    """Returns `tree` where `write` holds, else what slot `slot` has, to be written there again.
 
-    >>> as_dtypes_of(jnp.zeros((), jnp.float16), jnp.ones(())).dtype
-    dtype('float16')
+    A choice between two slots, where one between two rings would copy them.
     """
-    if reference is None:
+    if write is True:
         return tree
+    old = read_slot(ring, slot, tree)
+    return jax.tree.map(lambda new, kept: jnp.where(write, new, kept), tree, old)
 
-    def cast(leaf: Any, like: Any) -> Any:
-        return leaf if leaf is None or like is None else jnp.asarray(leaf).astype(like.dtype)
 
-    return jax.tree.map(cast, tree, reference, is_leaf=_is_none)
+def with_value_dtypes(ring: Ring, tree: PyTree) -> PyTree:
+    """Returns `tree` with the dtypes of the values in the ring; None stays None."""
+
+    def cast(leaf: Any, slots: jax.Array) -> Any:
+        return None if leaf is None else jnp.asarray(leaf).astype(_value_dtype(slots, leaf))
+
+    leaves, structure, rings, _ = _paired(tree, ring)
+    return jax.tree.unflatten(structure, map(cast, leaves, rings))
 
 
 def check_ring(
@@ -244,14 +245,12 @@ def check_ring(
         return
     leaves, _, slots, _ = _paired(like, ring)
     for leaf, stored in zip(leaves, slots, strict=True):
-        if leaf is None:  # in the history too, or a leaf that is left out this time
-            continue
-        wanted = _stored_dtype(jnp.asarray(leaf), dtype)
-        if stored.dtype != wanted:
+        wanted = None if leaf is None else _stored_dtype(jnp.asarray(leaf), dtype)
+        if wanted != getattr(stored, "dtype", None):
             raise ValueError(
-                f"the state of {owner} has a history of dtype {stored.dtype} and needs {wanted}: "
-                "something has cast the optimizer's state; half-precision history is kept as bits "
-                "and cannot be cast, make a new state by init(params)"
+                f"the state of {owner} has a history of dtype {getattr(stored, 'dtype', None)} and "
+                f"needs {wanted}: it was made with another history_dtype, or something has cast "
+                "it, which half precision, kept as bits, does not survive; make it by init(params)"
             )
 
 
@@ -308,27 +307,26 @@ def _is_none(node: Any) -> bool:
     return node is None
 
 
-def _storage_dtype(leaf: jax.Array, dtype: DTypeLike | None) -> Any:
-    """The dtype whose values are stored."""
+_BITS = {
+    jnp.dtype(jnp.bfloat16): jnp.dtype(jnp.uint16),
+    jnp.dtype(jnp.float16): jnp.dtype(jnp.int16),
+}
+_VALUES = {bits: value for value, bits in _BITS.items()}
+
+
+def _stored_dtype(leaf: Any, dtype: DTypeLike | None) -> Any:
+    """The dtype of the slots of a leaf."""
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return jnp.dtype(dtype) if dtype is not None and floating else leaf.dtype
+    value = leaf.dtype if dtype is None or not floating else jax.dtypes.canonicalize_dtype(dtype)
+    return _BITS.get(jnp.dtype(value), value)
 
 
-def _stored_dtype(leaf: jax.Array, dtype: DTypeLike | None) -> Any:
-    """The dtype of the slots."""
-    storage = _storage_dtype(leaf, dtype)
-    return jnp.dtype(jnp.uint16) if storage in (jnp.bfloat16, jnp.float16) else storage
+def _value_dtype(slots: Any, like: Any) -> Any:
+    """The dtype of the values that are stored of a leaf like this."""
+    floating = jnp.issubdtype(jnp.asarray(like).dtype, jnp.floating)
+    return _VALUES.get(slots.dtype, slots.dtype) if floating else slots.dtype
 
 
-def _pack(leaf: jax.Array, dtype: DTypeLike | None) -> jax.Array:
-    stored = _stored_dtype(leaf, dtype)
-    leaf = leaf.astype(_storage_dtype(leaf, dtype))
-    return leaf if leaf.dtype == stored else jax.lax.bitcast_convert_type(leaf, stored)
-
-
-def _unpack(stored: jax.Array, like: jax.Array, dtype: DTypeLike | None) -> jax.Array:
-    storage = _storage_dtype(like, dtype)
-    # Only where there are bits to turn back: JAX sends no gradient through this conversion.
-    if stored.dtype != storage and not jnp.issubdtype(stored.dtype, jnp.floating):
-        stored = jax.lax.bitcast_convert_type(stored, storage)
-    return stored.astype(like.dtype)
+def _to_bits(leaf: jax.Array) -> jax.Array:
+    bits = _BITS.get(leaf.dtype)
+    return leaf if bits is None else jax.lax.bitcast_convert_type(leaf, bits)

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import optax
 
 from asgd_jax.delays.processes import DelayProcess, as_process
+from asgd_jax.transforms.hand_down import MAX_DELAY_AROUND
 from asgd_jax.transforms.history import (
     PyTree,
     Ring,
-    as_dtypes_of,
     check_ring,
     init_ring,
     read_slot,
+    with_value_dtypes,
     write_then_read,
 )
 
@@ -47,7 +48,6 @@ def shifted_trace(
     Returns:
       A GradientTransformationExtraArgs with a `ShiftedTraceState`. Buffers, and the updates handed
       on, have the dtypes of the parameters; a gradient that is None (a frozen leaf) stays None.
-      With half-precision parameters and other gradients `update` needs `params`.
 
     Raises:
       ValueError: for a bad delay or a momentum outside [0, 1); from `update`, for a random delay
@@ -89,40 +89,42 @@ def shifted_trace(
         params: PyTree | None = None,
         *,
         staleness: jax.Array | None = None,
-        max_delay: int | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ShiftedTraceState]:
         del extra_args
-        check_ring(state.buffers, depth, f"shifted_trace(max_delay={depth - 1})")
-        _refuse_other_delay(delay, depth - 1, staleness, max_delay)
+        owner = f"shifted_trace(max_delay={depth - 1})"
+        check_ring(state.buffers, depth, owner, () if params is None else params)
+        _refuse_other_delay(delay, depth - 1, staleness)
         if staleness is None:
             staleness = jnp.minimum(depth - 1, state.num_pushes)
-        gradients = as_dtypes_of(params, updates)
-        own_buffer = read_slot(state.buffers, state.num_pushes - staleness, gradients)
-        new = jax.tree.map(accumulate, own_buffer, gradients, is_leaf=lambda leaf: leaf is None)
+        like = with_value_dtypes(state.buffers, updates)
+        own_buffer = read_slot(state.buffers, state.num_pushes - staleness, like)
+        new = jax.tree.map(accumulate, own_buffer, updates, is_leaf=lambda leaf: leaf is None)
         slot = state.num_pushes + 1
         # Read back what was written: otherwise XLA computes it a second time inside the parameter
         # update, from the old ring and after the write, and copies the whole ring to allow it.
-        buffers, new_buffer = write_then_read(state.buffers, slot, new, slot)
+        buffers, new_buffer = write_then_read(state.buffers, slot, new, slot, like)
         return new_buffer, ShiftedTraceState(slot, buffers)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _refuse_other_delay(
-    delay: int | DelayProcess, own: int, staleness: jax.Array | None, handed: int | None
-) -> None:
+def _refuse_other_delay(delay: int | DelayProcess, own: int, staleness: jax.Array | None) -> None:
     """Refuses a random delay of nobody, or the delay of a `delayed` that is not its own."""
-    if staleness is None and isinstance(delay, DelayProcess):
+    around = MAX_DELAY_AROUND.get()
+    if around is not None and around != own:
         raise ValueError(
-            "shifted_trace with a delay process needs staleness=: "
-            "wrap the optimizer in asgd_jax.delayed(optimizer, process)"
-        )
-    if staleness is not None and handed is not None and handed != own:
-        raise ValueError(
-            f"shifted momentum of max_delay={own} inside delayed of max_delay={handed}: "
+            f"shifted momentum of max_delay={own} inside delayed of max_delay={around}: "
             "give both the same delay"
         )
+    if staleness is None and isinstance(delay, DelayProcess):
+        why = (
+            "wrap the optimizer in asgd_jax.delayed(optimizer, process)"
+            if around is None
+            else "a transform beside or around it takes no extra arguments, so that it cannot be "
+            "handed down: move that one out of delayed, or use a constant delay"
+        )
+        raise ValueError(f"shifted_trace with a delay process needs staleness=: {why}")
 
 
 def shifted_sgd(

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import DTypeLike
 
@@ -30,13 +31,15 @@ def resize_history(
 
     Args:
       state: an optimizer state with the states of `delayed`, `shifted_trace` or `delay_gradients`
-        at any depth.
+        at any depth; of Flax NNX, `nnx.as_pure` of it.
       delay: the new delay, int >= 0 or a `DelayProcess`: the one given to the new optimizer.
-      params: the live parameters; needed only where there was no delay before.
-      history_dtype: as given to `delayed`.
+      params: the live parameters, as this `delayed` sees them; needed only where there was no delay
+        before.
+      history_dtype: as given to `delayed`; likewise.
 
     Raises:
-      ValueError: for a bad delay, and for a state without a history when `params` is None.
+      ValueError: for a bad delay, a state that holds none of these, and for one without a history
+        when `params` is None.
 
     >>> from asgd_jax import delayed
     >>> state = delayed(optax.sgd(0.1), delay=3).init(jnp.zeros(2))
@@ -57,6 +60,14 @@ def resize_history(
             return node._replace(gradients=resize_ring(node.gradients, newest, depth + 1))
         return node
 
+    nodes = jax.tree.leaves(state, is_leaf=_is_kept)
+    if not any(map(_is_kept, nodes)):
+        raise ValueError(
+            f"no history in an optimizer state of type {type(state).__name__}: restore a "
+            "checkpoint into a template of its structure, tx.init(params), and then resize it"
+        )
+    if not all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(state)):
+        raise ValueError("resize_history takes a state of arrays: of Flax NNX, nnx.as_pure(state)")
     return jax.tree.map(convert, state, is_leaf=_is_kept)
 
 
@@ -77,7 +88,7 @@ def _resize_delayed(
         return state._replace(
             history=init_ring(params, depth, history_dtype),
             stale=jax.tree.map(jnp.array, params),
-            history_start=state.num_updates,
+            history_start=jnp.array(state.num_updates),
         )
     slots = jax.tree.leaves(state.history.slots)
     old_depth = slots[0].shape[0] if slots else depth
@@ -85,15 +96,13 @@ def _resize_delayed(
     return state._replace(
         history=history,
         history_start=jnp.maximum(state.history_start, state.num_updates - old_depth),
-        **_shorten(state, history, depth, history_dtype),
+        **_shorten(state, history, depth),
     )
 
 
-def _shorten(
-    state: DelayedState, history: Ring, depth: int, history_dtype: DTypeLike | None
-) -> dict[str, Any]:
+def _shorten(state: DelayedState, history: Ring, depth: int) -> dict[str, Any]:
     """The next gradient's staleness and parameters, from within the new history."""
-    oldest = read_slot(history, state.num_updates - depth, state.stale, history_dtype)
+    oldest = read_slot(history, state.num_updates - depth, state.stale)
     keep = state.staleness <= depth
     return {
         "staleness": jnp.minimum(state.staleness, depth),

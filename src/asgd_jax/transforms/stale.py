@@ -37,7 +37,8 @@ def stale_params(state: optax.OptState, params: PyTree) -> PyTree:
     if not found:
         raise ValueError(
             f"no DelayedState in an optimizer state of type {type(state).__name__}: "
-            "wrap the optimizer in asgd_jax.delayed(optimizer, delay)"
+            "wrap the optimizer in asgd_jax.delayed(optimizer, delay), and restore a checkpoint "
+            "into a template of its structure, tx.init(params)"
         )
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     live = dict(leaves)
@@ -45,8 +46,15 @@ def stale_params(state: optax.OptState, params: PyTree) -> PyTree:
     for node in found:
         for path, leaf in jax.tree_util.tree_leaves_with_path(node.stale):
             _refuse_misplaced(path, leaf, live, chosen)
-            chosen[path] = jnp.where(node.staleness == 0, live[path], leaf)
+            chosen[path] = _choose(node.staleness, live[path], leaf)
     return jax.tree.unflatten(structure, [chosen.get(path, leaf) for path, leaf in leaves])
+
+
+def _choose(staleness: jax.Array, live: Any, stale: jax.Array) -> jax.Array:
+    """The live leaf where the staleness is 0; states of several runs may be stacked."""
+    live = jnp.asarray(live)
+    fresh = jnp.expand_dims(staleness == 0, range(jnp.ndim(staleness), live.ndim))
+    return jnp.where(fresh, live, stale.astype(live.dtype))
 
 
 def has_history(state: optax.OptState) -> bool:
