@@ -471,3 +471,20 @@ def test_a_parameter_that_is_left_out_of_one_update_is_refused():
     grads = {"a": jnp.zeros(2), "b": None}
     with pytest.raises(ValueError, match=r"history of dtype float32 and needs None"):
         tx.update(grads, state, {"a": jnp.zeros(2), "b": None})
+
+
+def test_an_aggregator_of_gradients_by_element_is_delayed_as_any_optimizer():
+    from optax.experimental import aggregating
+
+    mean = aggregating.average_per_element_updates(per_elt_axis=0)
+    tx = asgd_jax.delayed(optax.chain(mean, optax.sgd(0.1)), 2)
+    params = jnp.array([1.0, -2.0])
+    state, held = tx.init(params), []
+    for step in range(6):
+        held.append(params)
+        stale = asgd_jax.stale_params(state, params)
+        np.testing.assert_array_equal(stale, held[max(step - 2, 0)])
+        by_element = jnp.stack([stale - 1.0, stale + 3.0])
+        updates, state = tx.update(by_element, state, params)
+        np.testing.assert_allclose(updates, -0.1 * (stale + 1.0), rtol=1e-6)
+        params = optax.apply_updates(params, updates)
