@@ -10,7 +10,7 @@ from asgd_jax import data, models, stability
 from asgd_jax.curvature import hessian_vector_product, make_sharpness
 from asgd_jax.training.step import cross_entropy
 from benchmarks.harness import interleave, ratio, spread
-from benchmarks.result import Goal, Options, Result, Row, Table, goal
+from benchmarks.result import Goal, Options, Result, Table, TableRow, goal
 from experiments.claims import at_most
 
 TITLE = "stability thresholds a second, and Hessian-vector products in gradients"
@@ -37,7 +37,7 @@ def run(options: Options) -> Result:
         wide = {"hidden": (1024, 1024)}
         cases["MLP 784-1024-1024-10, 512 images"] = ("mlp", wide, (images, labels))
         cases["LeNet, 512 images"] = ("mnist_cnn", {}, (images, labels))
-    rows, goals = list[Row](), list[Goal]()
+    rows, goals = list[TableRow](), list[Goal]()
     for name, (model, model_options, batch) in cases.items():
         row, one = measure_curvature(name, model, model_options, batch, quick=options.quick)
         rows.append(row)
@@ -54,7 +54,7 @@ def run(options: Options) -> Result:
     return Result(tables, goals, notes)
 
 
-def measure_thresholds(options: Options) -> list[Row]:
+def measure_thresholds(options: Options) -> list[TableRow]:
     """Returns the thresholds a second of each kind of momentum."""
     count, rounds = (10, 1) if options.quick else (1000, 7)
 
@@ -80,7 +80,7 @@ def measure_thresholds(options: Options) -> list[Row]:
 
 def measure_curvature(
     name: str, model_name: str, model_options: dict[str, Any], batch: Any, *, quick: bool
-) -> tuple[Row, Goal]:
+) -> tuple[TableRow, Goal]:
     """Times a gradient, a Hessian-vector product and a sharpness in turns."""
     model = models.create(model_name, num_classes=10, **model_options)
     params = model.init(jax.random.key(0), batch[0][:1], train=False)["params"]
@@ -108,7 +108,7 @@ def measure_curvature(
     }
     times = interleave(variants, 1 if quick else 9, budget=8.0)
     price, total = ratio(times, "product", "gradient"), ratio(times, "sharpness", "gradient")
-    row: Row = {
+    row: TableRow = {
         "case": name,
         "products/s": 1 / spread(times["product"]).median,
         "product (gradients)": price.median,

@@ -1,5 +1,6 @@
 """What the delay costs: the time and memory of a delayed update over those of a plain optax one."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,13 +9,15 @@ import optax
 import asgd_jax
 from asgd_jax import delays
 from benchmarks.harness import Times, interleave, ratio, spread
-from benchmarks.loops import Loop, Problem, make_loop, make_problem
-from benchmarks.result import Goal, Options, Result, Row, Table, goal
+from benchmarks.loops import Loop, Workload, make_loop, make_workload
+from benchmarks.result import Goal, Options, Result, Table, TableRow, goal
 from experiments.claims import at_most, near
 
 TITLE = "the cost of the delay, against plain optax in the same loop"
 
 PLAIN = "plain"
+_HALF = "constant, bfloat16 history"
+_DELAYED_SETS = (lambda delay: delay, "delay")
 _LEARNING_RATE = 1e-3  # small: nothing here converges, and nothing must diverge
 _MOMENTUM = 0.9
 _BUDGET = 20.0  # seconds a group: on a busy machine there are fewer rounds
@@ -55,70 +58,70 @@ _QUICK: dict[str, Any] = {
 }  # fmt: skip
 QUICK_CASES = (Case(**_MLP, model_options=_HIDDEN | {"width": 0.02}, **_QUICK),)
 
-Optimizers = dict[str, optax.GradientTransformation]
-
 
 class Group(NamedTuple):
-    """Variants that are timed in turns, and the plain update that they are compared with.
+    """Variants that are timed in turns, and the one that they are compared with.
 
     Attributes:
       name: what delays here.
-      optimizers: by the name of the variant; `PLAIN` is among them.
-      delays: largest staleness of every other variant.
-      rings: parameter sets that a slot of the history stands for, in float32.
+      optimizers: by the name of the variant.
+      delays: largest staleness of every variant that gets a row.
+      sets: of the delay: parameter sets in float32 that the rings must hold, and in words.
+      base: name of the variant that the others are compared with.
     """
 
     name: str
-    optimizers: Optimizers
+    optimizers: dict[str, optax.GradientTransformation]
     delays: dict[str, int]
-    rings: float = 1.0
+    sets: tuple[Callable[[int], int], str]
+    base: str = PLAIN
 
 
 def groups(case: Case) -> list[Group]:
-    """Returns what is compared: delayed SGD, queues of gradients, shifted momentum."""
+    """Returns what is compared with plain: delayed SGD, queues of gradients, shifted momentum."""
     sgd = optax.sgd(_LEARNING_RATE)
     momentum = optax.sgd(_LEARNING_RATE, momentum=_MOMENTUM)
 
     def shifted(delay: int) -> optax.GradientTransformation:
         return asgd_jax.delayed(asgd_jax.shifted_sgd(_LEARNING_RATE, _MOMENTUM, delay), delay)
 
-    def named(make: Any, some: tuple[int, ...]) -> Optimizers:
-        return {f"delay {delay}": make(delay) for delay in some}
+    def group(plain: Any, make: Any, some: tuple[int, ...], **fields: Any) -> Group:
+        made = {f"delay {delay}": make(delay) for delay in some}
+        sizes = {f"delay {delay}": delay for delay in some}
+        return Group(optimizers={PLAIN: plain} | made, delays=sizes, **fields)
 
-    def sizes(some: tuple[int, ...]) -> dict[str, int]:
-        return {f"delay {delay}": delay for delay in some}
+    def queue(delay: int) -> optax.GradientTransformation:
+        return optax.chain(asgd_jax.delay_gradients(delay), sgd)
 
     fewer = case.fewer_delays
     return [
-        Group(
-            "delayed",
-            {PLAIN: sgd} | named(lambda delay: asgd_jax.delayed(sgd, delay), case.delays),
-            sizes(case.delays),
+        group(
+            sgd, lambda delay: asgd_jax.delayed(sgd, delay), case.delays,
+            name="delayed", sets=_DELAYED_SETS,
         ),
-        Group(
-            "delay_gradients",
-            {PLAIN: sgd}
-            | named(lambda delay: optax.chain(asgd_jax.delay_gradients(delay), sgd), fewer),
-            sizes(fewer),
+        group(
+            sgd, queue, fewer, name="delay_gradients", sets=(lambda delay: delay + 1, "delay + 1")
         ),
-        Group("shifted", {PLAIN: momentum} | named(shifted, fewer), sizes(fewer), rings=2.0),
-    ]
+        # Its momentum has a ring of its own, the newest one included.
+        group(
+            momentum, shifted, fewer,
+            name="shifted", sets=(lambda delay: 2 * delay + 1, "2 delay + 1"),
+        ),
+    ]  # fmt: skip
 
 
-def random_optimizers(delay: int) -> dict[str, tuple[optax.GradientTransformation, int]]:
-    """Returns optimizers of mean staleness `delay`, the constant one first, with their largest."""
+def random_group(delay: int) -> Group:
+    """Returns random delays and a half-precision history, compared with a constant delay."""
     sgd = optax.sgd(_LEARNING_RATE)
     processes = {
         "constant": delays.constant(delay),
         "uniform": delays.uniform(1, 2 * delay - 1),
         "normal": delays.discretized_normal(delay, delay / 4),
     }
-    made = {
-        name: (asgd_jax.delayed(sgd, process), process.max_delay)
-        for name, process in processes.items()
-    }
-    half = asgd_jax.delayed(sgd, delay, history_dtype=jnp.bfloat16)
-    return made | {"constant, bfloat16 history": (half, delay)}
+    made = {name: asgd_jax.delayed(sgd, process) for name, process in processes.items()}
+    made[_HALF] = asgd_jax.delayed(sgd, delay, history_dtype=jnp.bfloat16)
+    largest = {name: process.max_delay for name, process in processes.items()} | {_HALF: delay}
+    return Group("delayed", made, largest, _DELAYED_SETS, base="constant")
 
 
 def run(options: Options) -> Result:
@@ -126,15 +129,15 @@ def run(options: Options) -> Result:
     cases = QUICK_CASES if options.quick else CASES
     tables, goals = list[Table](), list[Goal]()
     for case in cases:
-        problem = make_problem(case.model, case.batch_size, **case.model_options)
-        rows = list[Row]()
+        workload = make_workload(case.model, case.batch_size, **case.model_options)
+        rows = list[TableRow]()
         for group in groups(case):
-            group_rows, group_goals = measure_group(case, problem, group)
+            group_rows, group_goals = measure_group(case, workload, group)
             rows += group_rows
             goals += group_goals
-        random_rows, random_goals = measure_random(case, problem)
+        random_rows, *_ = time_group(case, workload, random_group(case.random_delay))
         rows += random_rows
-        goals += random_goals
+        goals += _random_goals(case, random_rows)
         caption = (
             f"{case.name} ({case.model}), batch {case.batch_size}; "
             f"up to {case.rounds} rounds of {case.updates} updates"
@@ -149,86 +152,67 @@ def run(options: Options) -> Result:
     return Result(tables, goals, notes)
 
 
-def measure_group(case: Case, problem: Problem, group: Group) -> tuple[list[Row], list[Goal]]:
+def measure_group(
+    case: Case, workload: Workload, group: Group
+) -> tuple[list[TableRow], list[Goal]]:
     """Times a group's variants in turns; returns their rows and goals."""
-    loops = {name: make_loop(problem, tx, case.updates) for name, tx in group.optimizers.items()}
-    times = interleave(
-        {name: loop.run for name, loop in loops.items()}, case.rounds, budget=_BUDGET
-    )
-    rows = [
-        _row(group.name, name, largest, times, loops, PLAIN, case.updates)
-        for name, largest in group.delays.items()
-    ]
+    rows, times, loops = time_group(case, workload, group)
     return rows, _goals(case, group, rows, times, loops)
 
 
-def measure_random(case: Case, problem: Problem) -> tuple[list[Row], list[Goal]]:
-    """Times random delays and a half-precision history against a constant delay."""
-    made = random_optimizers(case.random_delay)
-    loops = {name: make_loop(problem, tx, case.updates) for name, (tx, _) in made.items()}
+def time_group(
+    case: Case, workload: Workload, group: Group
+) -> tuple[list[TableRow], Times, dict[str, Loop]]:
+    """Times a group's variants in turns; returns their rows, all times and the loops."""
+    loops = {name: make_loop(workload, tx, case.updates) for name, tx in group.optimizers.items()}
     times = interleave(
         {name: loop.run for name, loop in loops.items()}, case.rounds, budget=_BUDGET
     )
-    rows = [
-        _row("delayed", name, largest, times, loops, "constant", case.updates)
-        for name, (_, largest) in made.items()
-    ]
-    worst = max(
-        (row for row in rows if row["variant"] in ("uniform", "normal")),
-        key=lambda row: row["ratio"],
-    )
-    half = rows[-1]
-    slots = case.random_delay + 1
-    return rows, [
+    base = loops[group.base]
+    rows = []
+    for name, largest in group.delays.items():
+        loop, compared = loops[name], ratio(times, name, group.base)
+        rows.append(
+            {
+                "transform": group.name,
+                "variant": name,
+                "largest delay": largest,
+                "ratio": compared.median,
+                "low quartile": compared.low,
+                "high quartile": compared.high,
+                "ms/update": 1e3 * spread(times[name]).median / case.updates,
+                "history (sets)": loop.history_bytes / loop.parameter_bytes,
+                "history (bytes)": loop.history_bytes,
+                "extra temp (sets)": (loop.temp_bytes - base.temp_bytes) / loop.parameter_bytes,
+            }
+        )
+    return rows, times, loops
+
+
+def _random_goals(case: Case, rows: list[TableRow]) -> list[Goal]:
+    random = [row for row in rows if row["variant"] in ("uniform", "normal")]
+    worst = max(random, key=lambda row: row["ratio"])
+    share = rows[-1]["history (sets)"] / case.random_delay
+    text = f"{case.name}: history in bfloat16 / (delay parameter sets)"
+    return [
         goal(
             at_most(f"{case.name}: random delays / constant, time", worst["ratio"], 1.05),
             _noise(worst),
         ),
-        goal(
-            near(
-                f"{case.name}: history in bfloat16 / ((delay + 1) parameter sets)",
-                half["history (sets)"] / slots,
-                0.5,
-                0.0,
-            ),
-        ),
+        goal(near(text, share, 0.5, 0.0)),
     ]
 
 
-def _row(
-    kind: str,
-    name: str,
-    largest: int,
-    times: Times,
-    loops: dict[str, Loop],
-    base: str,
-    updates: int,
-) -> Row:
-    loop = loops[name]
-    compared = ratio(times, name, base)
-    return {
-        "transform": kind,
-        "variant": name,
-        "largest delay": largest,
-        "ratio": compared.median,
-        "low quartile": compared.low,
-        "high quartile": compared.high,
-        "ms/update": 1e3 * spread(times[name]).median / updates,
-        "history (sets)": loop.history_bytes / loop.parameter_bytes,
-        "history (bytes)": loop.history_bytes,
-        "extra temp (sets)": (loop.temp_bytes - loops[base].temp_bytes) / loop.parameter_bytes,
-    }
-
-
 def _goals(
-    case: Case, group: Group, rows: list[Row], times: Times, loops: dict[str, Loop]
+    case: Case, group: Group, rows: list[TableRow], times: Times, loops: dict[str, Loop]
 ) -> list[Goal]:
     title = f"{case.name}: {group.name}"
     slowest = max(rows, key=lambda row: row["ratio"])
     low, high = (f"delay {delay}" for delay in (1, max(group.delays.values())))
     growth = ratio(times, high, low)
+    sets, formula = group.sets
     exact = [
-        loops[name].history_bytes == group.rings * (delay + 1) * loops[name].parameter_bytes
+        loops[name].history_bytes == sets(delay) * loops[name].parameter_bytes
         for name, delay in group.delays.items()
         if delay
     ]
@@ -244,21 +228,17 @@ def _goals(
         ),
         goal(
             near(
-                f"{title}, share of delays whose history is exactly (delay + 1) parameter sets"
-                + (" a ring" if group.rings > 1 else ""),
+                f"{title}, share of delays whose history is exactly {formula} parameter sets",
                 sum(exact) / len(exact),
                 1.0,
                 0.0,
             )
         ),
-        goal(
-            at_most(f"{title}, temporary memory beyond plain's, in parameter sets", extra, 1.0),
-            _TEMP_REASONS.get(group.name, ""),
-        ),
+        goal(at_most(f"{title}, temporary memory beyond plain's, in parameter sets", extra, 1.0)),
     ]
 
 
-def _noise(row: Row) -> str:
+def _noise(row: TableRow) -> str:
     return (
         f"at {row['variant']} the quartiles are {row['low quartile']:.3f} to "
         f"{row['high quartile']:.3f}"
@@ -271,4 +251,3 @@ _TIME_REASONS = {
     "more over the parameters: it writes a slot and reads the next stale ones",
     ("MLP", "shifted"): "; as delayed, and the momentum has a ring of its own to write and read",
 }
-_TEMP_REASONS: dict[str, str] = {}

@@ -1,15 +1,20 @@
-"""How cost grows with the delay, the parameters, the batch, the runs and the devices."""
+"""How cost grows with the delay, the parameters, the batch, the runs and the devices.
 
-import sys
+Run as a program it is its own worker, which has a mesh of fake devices.
+"""
+
 from typing import Any, NamedTuple
 
+import jax
 import optax
 
 import asgd_jax
-from benchmarks.harness import exponent, interleave, spread
-from benchmarks.loops import Loop, make_loop, make_problem
-from benchmarks.result import Options, Result, Row, Table
-from benchmarks.workers import WorkerFailed, start
+from asgd_jax.training import default_config
+from asgd_jax.training.setup import set_up
+from benchmarks.harness import exponent, interleave, spread, tree_bytes
+from benchmarks.loops import Loop, make_loop, make_workload
+from benchmarks.result import Options, Result, Table, TableRow
+from benchmarks.workers import serve, start
 
 TITLE = "how time and memory grow, with fitted exponents"
 
@@ -43,7 +48,7 @@ DEVICES = (1, 2, 4, 8)
 
 def run(options: Options) -> Result:
     """Measures every axis; see the module."""
-    tables, fits = list[Table](), list[Row]()
+    tables, fits = list[Table](), list[TableRow]()
     for axis in QUICK_AXES if options.quick else AXES:
         rows = measure_axis(axis, rounds=1 if options.quick else 7)
         tables.append(Table(f"against the {axis.name}", rows))
@@ -72,18 +77,18 @@ def make_size(axis: str, value: int) -> Loop:
     """Returns the loop in which one quantity has this value."""
     sizes: dict[str, Any] = {"delay": 32, "width": 256, "batch": 64, axis: value}
     hidden = (sizes["width"], sizes["width"])
-    problem = make_problem("mlp", sizes["batch"], hidden=hidden, activation="relu")
+    workload = make_workload("mlp", sizes["batch"], hidden=hidden, activation="relu")
     tx = asgd_jax.delayed(optax.sgd(_LEARNING_RATE), sizes["delay"])
     updates = next(one.updates for one in AXES if one.name == axis)
-    return make_loop(problem, tx, updates)
+    return make_loop(workload, tx, updates)
 
 
-def measure_axis(axis: Axis, rounds: int) -> list[Row]:
+def measure_axis(axis: Axis, rounds: int) -> list[TableRow]:
     """Times the sizes of an axis in turns; returns a row a size."""
     loops = {str(value): make_size(axis.name, value) for value in axis.values}
     times = interleave({name: loop.run for name, loop in loops.items()}, rounds, budget=_BUDGET)
     updates = next(one.updates for one in AXES if one.name == axis.name)
-    rows = list[Row]()
+    rows = list[TableRow]()
     for name, loop in loops.items():
         seconds = spread(times[name]).median / updates
         rows.append(
@@ -99,7 +104,7 @@ def measure_axis(axis: Axis, rounds: int) -> list[Row]:
     return rows
 
 
-def fit(axis: str, rows: list[Row], columns: tuple[str, ...]) -> list[Row]:
+def fit(axis: str, rows: list[TableRow], columns: tuple[str, ...]) -> list[TableRow]:
     """Returns the exponent of each column against the first one.
 
     The width's are against the number of parameters, which is what it stands for.
@@ -115,16 +120,40 @@ def fit(axis: str, rows: list[Row], columns: tuple[str, ...]) -> list[Row]:
     ]
 
 
-def history_on_devices(counts: tuple[int, ...]) -> list[Row]:
+def history_on_devices(counts: tuple[int, ...]) -> list[TableRow]:
     """Returns the bytes of the history that a device holds, from the shardings of the state.
 
     Raises:
       ValueError: when the process with the fake devices fails.
     """
     fake = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={max(counts)}"}
-    command = [sys.executable, "-m", "benchmarks.devices_worker"]
-    try:
-        with start(command, fake | {"JAX_PLATFORMS": "cpu"}) as worker:
-            return [worker.ask(devices=count) for count in counts]
-    except WorkerFailed as error:
-        raise ValueError(f"growth: the worker failed: {error}") from error
+    with start("growth", environment=fake | {"JAX_PLATFORMS": "cpu"}) as worker:
+        return [worker.ask(devices=count) for count in counts]
+
+
+def history_bytes(devices: int) -> dict[str, int]:
+    """Returns the bytes of the ring in all and on the device that holds most."""
+    config = default_config()
+    config.update(
+        model="mlp",
+        num_devices=devices,
+        shard_history=True,
+        num_workers=33,
+        delay=32,
+        worker_batch_size=8,
+    )
+    config.model_options.hidden = (256, 256)
+    history = set_up(config).state.opt_state.history
+    on_device = dict[int, int]()
+    for leaf in jax.tree.leaves(history):
+        for shard in leaf.addressable_shards:
+            on_device[shard.device.id] = on_device.get(shard.device.id, 0) + shard.data.nbytes
+    return {
+        "devices": devices,
+        "history (bytes/device)": max(on_device.values()),
+        "history (bytes)": tree_bytes(history),
+    }
+
+
+if __name__ == "__main__":
+    serve(lambda request: history_bytes(**request))

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from experiments.claims import fit_line
+
 Clock = Callable[[], float]
 Times = dict[str, list[float]]
 
@@ -103,8 +105,6 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
     >>> round(exponent([1, 2, 4], [3, 12, 48]), 6)
     2.0
     """
-    from experiments.claims import fit_line
-
     return fit_line([math.log(v) for v in x], [math.log(v) for v in y]).slope
 
 

@@ -1,12 +1,10 @@
 """The side of this package in the comparison with PyTorch: `python -m` this, with a JSON task.
 
-It reads one request a line, `{"epochs": n}`, makes so many epochs of delayed SGD with the program
-that training runs, and writes `{"seconds": s, "loss": l}`.
+It makes epochs of delayed SGD with the program that training runs.
 """
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +17,7 @@ from asgd_jax.data.normalize import normalize_with
 from asgd_jax.training.chunk import make_run_chunk
 from asgd_jax.training.state import init_state
 from asgd_jax.training.step import make_train_step
+from benchmarks.workers import serve_epochs
 
 
 def make_epochs(task: dict[str, Any]) -> Callable[[int], float]:
@@ -60,16 +59,5 @@ def make_epochs(task: dict[str, Any]) -> Callable[[int], float]:
     return run
 
 
-def main() -> None:
-    """Serves requests from standard input until it is closed."""
-    run = make_epochs(json.loads(sys.argv[1]))
-    run(1)
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        before = time.perf_counter()
-        loss = run(json.loads(line)["epochs"])
-        print(json.dumps({"seconds": time.perf_counter() - before, "loss": loss}), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve_epochs(make_epochs(json.loads(sys.argv[1])))

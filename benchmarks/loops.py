@@ -18,7 +18,7 @@ from benchmarks.harness import tree_bytes
 NUM_BATCHES = 4
 
 
-class Problem(NamedTuple):
+class Workload(NamedTuple):
     """A model with batches to train it on.
 
     Attributes:
@@ -51,16 +51,16 @@ class Loop(NamedTuple):
     temp_bytes: int
 
 
-def make_problem(
+def make_workload(
     name: str, batch_size: int, image_shape: tuple[int, ...] = (28, 28, 1), **options: Any
-) -> Problem:
+) -> Workload:
     """Returns `models.create(name, num_classes=10, **options)` with random images of this shape."""
     model = models.create(name, num_classes=10, **options)
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (NUM_BATCHES, batch_size, *image_shape), np.uint8)
     labels = random.integers(0, 10, (NUM_BATCHES, batch_size), np.int32)
     variables = model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)
-    return Problem(model, variables, jnp.asarray(images), jnp.asarray(labels))
+    return Workload(model, variables, jnp.asarray(images), jnp.asarray(labels))
 
 
 def ring_bytes(state: optax.OptState) -> int:
@@ -69,17 +69,17 @@ def ring_bytes(state: optax.OptState) -> int:
     return sum(tree_bytes(node) for node in nodes if isinstance(node, Ring))
 
 
-def make_loop(problem: Problem, tx: optax.GradientTransformation, num_updates: int) -> Loop:
+def make_loop(workload: Workload, tx: optax.GradientTransformation, num_updates: int) -> Loop:
     """Compiles `num_updates` updates by `tx` as one loop; gradients are stale where `tx` delays.
 
     Args:
-      problem: see `make_problem`.
+      workload: see `make_workload`.
       tx: any optax transformation; a plain one makes the loop that delays are compared with.
       num_updates: of one call.
     """
-    gradient = make_gradient(problem.model, lambda key, x: x.astype(jnp.float32) / 255)
-    params = problem.variables["params"]
-    stats = problem.variables.get("batch_stats", {})
+    gradient = make_gradient(workload.model, lambda key, x: x.astype(jnp.float32) / 255)
+    params = workload.variables["params"]
+    stats = workload.variables.get("batch_stats", {})
     key = jax.random.PRNGKey(0)
 
     def run_updates(carry: Any, images: jax.Array, labels: jax.Array) -> Any:
@@ -98,7 +98,7 @@ def make_loop(problem: Problem, tx: optax.GradientTransformation, num_updates: i
     carry: Any = jax.jit(
         lambda params, stats: (jnp.zeros((), jnp.int32), params, stats, tx.init(params))
     )(params, stats)
-    data = (problem.images, problem.labels)
+    data = (workload.images, workload.labels)
     compiled = jax.jit(run_updates, donate_argnums=0).lower(carry, *data).compile()
     analysis = compiled.memory_analysis()
 

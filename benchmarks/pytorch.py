@@ -2,17 +2,18 @@
 
 import json
 import subprocess
-import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.harness import MIN_ROUNDS, Times, ratio, spread
+from asgd_jax import data
+from benchmarks.harness import Times, interleave, ratio, spread
 from benchmarks.report import num_cores
-from benchmarks.result import Goal, Options, Result, Row, Skipped, Table, goal
-from benchmarks.workers import MALLOC, Worker, WorkerFailed, start
+from benchmarks.result import Goal, Options, Result, Skipped, Table, TableRow, goal
+from benchmarks.workers import MALLOC, Worker, start
 from experiments.claims import at_least
 
 TITLE = "the same parameter server in PyTorch, data pipeline included"
@@ -81,7 +82,7 @@ def run(options: Options) -> Result:
       Skipped: where the interpreter has no PyTorch.
     """
     version = torch_version(options.torch_python)
-    rows, goals = list[Row](), list[Goal]()
+    rows, goals = list[TableRow](), list[Goal]()
     for case in QUICK_CASES if options.quick else CASES:
         times, losses = time_both(case, options.torch_python)
         row, case_goals = judge(case, times)
@@ -120,8 +121,6 @@ def write_arrays(case: Case, file: Path) -> int:
 
     Digits are real; images of MNIST's size are random, as no time depends on what they show.
     """
-    from asgd_jax import data
-
     if case.dataset == "digits":
         digits = data.load("digits", num_train=case.num_samples)
         images, labels = digits.train_images, digits.train_labels
@@ -148,14 +147,11 @@ def time_both(case: Case, torch_python: str) -> tuple[Times, dict[str, float]]:
                 "learning_rate": case.learning_rate,
             }
         )
-        here = Path(__file__).parent
-        ours = [sys.executable, "-m", "benchmarks.jax_worker", task]
-        theirs = [torch_python, str(here / "torch_worker.py"), task]
-        try:
-            with start(ours, MALLOC) as jax_side, start(theirs, MALLOC) as torch_side:
-                return alternate({"jax": jax_side, "torch": torch_side}, case, updates)
-        except WorkerFailed as error:
-            raise ValueError(f"pytorch: {case.name}: a worker failed: {error}") from error
+        with (
+            start("jax_worker", task, environment=MALLOC) as ours,
+            start("torch_worker", task, python=torch_python, environment=MALLOC) as theirs,
+        ):
+            return alternate({"jax": ours, "torch": theirs}, case, updates)
 
 
 def alternate(sides: dict[str, Worker], case: Case, updates: int) -> tuple[Times, dict[str, float]]:
@@ -169,23 +165,25 @@ def alternate(sides: dict[str, Worker], case: Case, updates: int) -> tuple[Times
     }
     if case.one_thread_too:
         requests["torch, 1 thread"] = (sides["torch"], {"threads": 1})
-    times: Times = {name: [] for name in requests}
     losses = dict[str, float]()  # of the first request, when both sides have made equal epochs
-    names, spent = list(requests), 0.0
-    for number in range(-1, case.rounds):
-        if number >= MIN_ROUNDS and spent > _BUDGET:
-            break
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+    spent = 0.0  # by the workers' own clocks, which the pipe between us is no part of
+
+    def asking(name: str) -> Callable[[], None]:
+        def call() -> None:
+            nonlocal spent
             worker, settings = requests[name]
             reply = worker.ask(epochs=case.epochs, **settings)
             losses.setdefault(name.partition(",")[0], reply["loss"])
             spent += reply["seconds"]
-            if number >= 0:
-                times[name].append(reply["seconds"] / updates)
-    return times, losses
+
+        return call
+
+    variants = {name: asking(name) for name in requests}
+    times = interleave(variants, case.rounds, budget=_BUDGET, clock=lambda: spent)
+    return {name: [each / updates for each in times[name]] for name in times}, losses
 
 
-def judge(case: Case, times: Times) -> tuple[Row, list[Goal]]:
+def judge(case: Case, times: Times) -> tuple[TableRow, list[Goal]]:
     """Returns the row of a case and its goal, if it has one.
 
     Where PyTorch ran with one thread too, each round counts its faster time.
@@ -193,7 +191,7 @@ def judge(case: Case, times: Times) -> tuple[Row, list[Goal]]:
     theirs = [name for name in times if name != "jax"]
     best = [min(pair) for pair in zip(*(times[name] for name in theirs), strict=True)]
     faster = ratio({"jax": times["jax"], "best": best}, "best", "jax")
-    row: Row = {
+    row: TableRow = {
         "case": case.name,
         "speed / PyTorch": faster.median,
         "low quartile": faster.low,

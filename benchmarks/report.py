@@ -1,7 +1,6 @@
 """The files of a benchmark: bench.json, merged item by item, and README.md, generated from it."""
 
 import json
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asgd_jax.training.folder.provenance import environment, write_json
+from experiments.tables import markdown_table
 
 JSON_NAME = "bench.json"
 README_NAME = "README.md"
@@ -93,18 +93,9 @@ def merge_item(
     items = report["items"] | {name: {**item, "machine": machine(), **environment()}}
     report = {"quick": quick, "items": {key: items[key] for key in order if key in items}}
     write_json(folder / JSON_NAME, report)
-    (folder / README_NAME).write_text(format_readme(json.loads(json.dumps(_finite(report)))))
+    # From the file, in which what is no number is null.
+    (folder / README_NAME).write_text(format_readme(read_report(folder)))
     return report
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def format_readme(report: Mapping[str, Any]) -> str:
@@ -130,7 +121,7 @@ def format_readme(report: Mapping[str, Any]) -> str:
             lines += [f"Skipped: {item['reason']}"]
             continue
         for table in item["tables"]:
-            lines += [f"{table['caption']}:", "", *format_table(table["rows"]), ""]
+            lines += [f"{table['caption']}:", "", markdown_table(table["rows"]), ""]
         lines += [f"* {note}" for note in item["notes"]]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -172,7 +163,7 @@ def _goals(items: Mapping[str, Any]) -> list[str]:
     if not rows:
         return ["None measured."]
     held = sum(row["holds"] == "yes" for row in rows)
-    lines = [f"{held} of {len(rows)} hold.", "", *format_table(rows)]
+    lines = [f"{held} of {len(rows)} hold.", "", markdown_table(rows)]
     missed = [
         f"* {name}, {one['claim']}: {one['reason']}"
         for name, item in items.items()
@@ -180,31 +171,3 @@ def _goals(items: Mapping[str, Any]) -> list[str]:
         if not one["holds"]
     ]
     return lines + (["", "Missed, and why:", "", *missed] if missed else [])
-
-
-def format_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the lines of a Markdown table; numbers to four digits, columns from the first row.
-
-    >>> print(
-    ...     "\\n".join(format_table([{"delay": 2, "ratio": 1.02345}, {"delay": 16, "ratio": None}]))
-    ... )
-    | delay | ratio |
-    |---|---|
-    | 2 | 1.023 |
-    | 16 | - |
-    """
-    heads = list(rows[0])
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    return lines + [f"| {' | '.join(_cell(row[head]) for head in heads)} |" for row in rows]
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-    return str(value).replace("|", "\\|")

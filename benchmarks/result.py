@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from experiments.claims import Claim
 
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 
 
 class Options(NamedTuple):
@@ -37,7 +37,7 @@ class Table(NamedTuple):
     """Rows of equal keys under a caption; the keys are the column heads, units in brackets."""
 
     caption: str
-    rows: list[Row]
+    rows: list[TableRow]
 
 
 class Result(NamedTuple):

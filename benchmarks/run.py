@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.report import merge_item
 from benchmarks.result import Options, Skipped, result_to_json
+from experiments.claims import Claim, verdict
 
 _MODULES = "benchmarks"
 # An item is a module with `TITLE` and `run(options) -> Result`.
@@ -68,7 +69,6 @@ def run_items(names: Sequence[str], out: Path, options: Options) -> dict[str, An
         item |= {"title": module.TITLE, "wall_time_s": round(time.perf_counter() - started, 1)}
         report = merge_item(out, name, item, quick=options.quick, order=list(ITEMS))
         for one in item.get("goals", []):
-            verdict = "holds " if one["holds"] else "MISSES"
-            print(f"  {verdict}  {one['claim']}: {one['measured']:.4g}, {one['expected']}")
+            print(f"  {verdict(Claim(*(one[field] for field in Claim._fields)))}")
         print(f"  {item['wall_time_s']} s", flush=True)
     return report

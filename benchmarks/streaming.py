@@ -13,7 +13,7 @@ from asgd_jax import data
 from asgd_jax.data import jpeg, prepared
 from benchmarks.harness import interleave, ratio, spread
 from benchmarks.report import num_cores
-from benchmarks.result import Goal, Options, Result, Row, Skipped, Table, goal
+from benchmarks.result import Goal, Options, Result, Skipped, Table, TableRow, goal
 from experiments.claims import at_least
 
 TITLE = "decoding and augmenting ImageNet, and the wait for data in training"
@@ -39,7 +39,7 @@ def run(options: Options) -> Result:
         sizes = data.stream_sizes()
     except data.DatasetNotFoundError as error:
         raise Skipped(" ".join(str(error).split())) from error
-    rows, goals = list[Row](), list[Goal]()
+    rows, goals = list[TableRow](), list[Goal]()
     for image_size in (64,) if options.quick else (224, 64):
         size_rows, size_goals = measure_stream(image_size, quick=options.quick)
         rows += size_rows
@@ -62,10 +62,10 @@ def run(options: Options) -> Result:
     return Result(tables, goals, notes)
 
 
-Batches = Iterator[tuple[np.ndarray, np.ndarray]]
+_Batches = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
-def plain_batches(image_size: int) -> Batches:
+def plain_batches(image_size: int) -> _Batches:
     """Yields the batches of the shortest TFDS pipeline that a training loop can use."""
     tf, tfds = prepared.tensorflow_modules()
 
@@ -82,17 +82,17 @@ def plain_batches(image_size: int) -> Batches:
         read_config=tfds.ReadConfig(try_autocache=False),
     )
     images = dataset.repeat().map(resize, num_parallel_calls=tf.data.AUTOTUNE)
-    batches: Batches = images.batch(_BATCH).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+    batches: _Batches = images.batch(_BATCH).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
     return batches
 
 
-def measure_stream(image_size: int, *, quick: bool) -> tuple[list[Row], list[Goal]]:
+def measure_stream(image_size: int, *, quick: bool) -> tuple[list[TableRow], list[Goal]]:
     """Times our stream and TFDS's in turns, each opened afresh."""
     count, rounds = (2, 1) if quick else (48, 7)
     seconds: dict[str, list[float]] = {"ours": [], "plain": []}
     cpu: dict[str, list[float]] = {"ours": [], "plain": []}
 
-    def timed(name: str, open_stream: Callable[[], Batches]) -> Callable[[], None]:
+    def timed(name: str, open_stream: Callable[[], _Batches]) -> Callable[[], None]:
         def call() -> None:
             stream = open_stream()
             for _ in itertools.islice(stream, 2):
@@ -107,7 +107,7 @@ def measure_stream(image_size: int, *, quick: bool) -> tuple[list[Row], list[Goa
 
         return call
 
-    def ours() -> Batches:
+    def ours() -> _Batches:
         return data.train_batches(batch_size=_BATCH, image_size=image_size)
 
     variants = {
@@ -117,7 +117,7 @@ def measure_stream(image_size: int, *, quick: bool) -> tuple[list[Row], list[Goa
     interleave(variants, rounds, warmup=0, budget=_BUDGET)
     faster, thriftier = ratio(seconds, "plain", "ours"), ratio(cpu, "plain", "ours")
     images = count * _BATCH
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         {
             "size": image_size,
             "stream": name,
@@ -148,7 +148,7 @@ def enlarged_images(short_side: int, count: int = 64) -> list[bytes]:
     return encoded
 
 
-def measure_decoding(short_side: int = 375, image_size: int = 224) -> Row:
+def measure_decoding(short_side: int = 375, image_size: int = 224) -> TableRow:
     """Returns CPU time of the maps alone, crop against whole, on images of ImageNet's own size."""
     tf, _ = prepared.tensorflow_modules()
     images, count = enlarged_images(short_side), 12
@@ -186,7 +186,7 @@ def measure_decoding(short_side: int = 375, image_size: int = 224) -> Row:
     }
 
 
-def measure_wait(num_updates: int = 12, image_size: int = 64) -> Row:
+def measure_wait(num_updates: int = 12, image_size: int = 64) -> TableRow:
     """Trains a narrow ResNet-50 on the stream; returns the share of time spent waiting for it."""
     from asgd_jax.training import default_config
     from asgd_jax.training.setup import set_up

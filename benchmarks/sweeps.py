@@ -20,7 +20,7 @@ from asgd_jax.training.sweep import (
 )
 from asgd_jax.training.sweep_program import compile_runs, make_whole_run, put_samples
 from benchmarks.harness import interleave, ratio, spread
-from benchmarks.result import Goal, Options, Result, Row, Table, goal
+from benchmarks.result import Goal, Options, Result, Table, TableRow, goal
 from benchmarks.workers import checkout
 from configs.digits import get_config
 from experiments.claims import at_least, at_most
@@ -58,9 +58,6 @@ _GRID = [
 _GRID_EPOCHS = 10
 _GRID_PROCESSES = 4
 
-# What was found when a goal missed; shown only where it does.
-_REASONS: dict[str, str] = {}
-
 
 def _digits(**changes: Any) -> ConfigDict:
     config = get_config("asgd_same")
@@ -70,7 +67,7 @@ def _digits(**changes: Any) -> ConfigDict:
 
 def run(options: Options) -> Result:
     """Measures both; see the module."""
-    rows, goals = list[Row](), list[Goal]()
+    rows, goals = list[TableRow](), list[Goal]()
     for case in QUICK_CASES if options.quick else CASES:
         case_rows, case_goal = measure_case(case, 256 if options.quick else None)
         rows += case_rows
@@ -132,7 +129,7 @@ def _config(case: Case, num_train: int | None = None) -> ConfigDict:
     return config
 
 
-def measure_case(case: Case, num_train: int | None = None) -> tuple[list[Row], Goal]:
+def measure_case(case: Case, num_train: int | None = None) -> tuple[list[TableRow], Goal]:
     """Times every number of runs at once in turns; returns the rows, and the goal of the default.
 
     The default is measured as the largest number of runs at once that it allows.
@@ -145,7 +142,7 @@ def measure_case(case: Case, num_train: int | None = None) -> tuple[list[Row], G
     )
     default = str(max(k for k in case.at_once if k <= blocks[str(case.at_once[0])].default_at_once))
     fastest = min(times, key=lambda name: spread(times[name]).median)
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         {
             "model": case.name,
             "runs": case.runs,
@@ -165,7 +162,7 @@ def measure_case(case: Case, num_train: int | None = None) -> tuple[list[Row], G
     return rows, goal(claim, reason)
 
 
-def measure_growth(counts: Sequence[int]) -> list[Row]:
+def measure_growth(counts: Sequence[int]) -> list[TableRow]:
     """Returns time and memory of 1, 2, ... runs of the small MLP, all in one vmap."""
     case = CASES[0]
     blocks = {count: make_block(case, count, count) for count in counts}
@@ -186,7 +183,7 @@ def run_grid() -> None:
     sweep(_digits(delay=_DELAY, epochs=_GRID_EPOCHS), _GRID, progress=False)
 
 
-def measure_grid() -> tuple[Row, Goal]:
+def measure_grid() -> tuple[TableRow, Goal]:
     """Times the grid as one sweep, and a few of its runs as train.py; returns the row and goal."""
     root = checkout()
     environment = {**os.environ}
@@ -206,7 +203,7 @@ def measure_grid() -> tuple[Row, Goal]:
         together = _seconds([sys.executable, "-c", code], root, environment)
     mean = sum(separate) / len(separate)
     faster = len(_GRID) * mean / together
-    row: Row = {
+    row: TableRow = {
         "runs": len(_GRID),
         "one sweep": together,
         "one train.py, mean": mean,
@@ -215,7 +212,7 @@ def measure_grid() -> tuple[Row, Goal]:
         "speed of the sweep / processes": faster,
     }
     claim = at_least("grid of 64 on digits: sweep over 64 train.py processes", faster, 5.0)
-    return row, goal(claim, _REASONS.get("grid", ""))
+    return row, goal(claim)
 
 
 def _seconds(command: list[str], root: Path, environment: dict[str, str]) -> float:

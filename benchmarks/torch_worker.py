@@ -1,7 +1,7 @@
-"""The same parameter server in plain PyTorch: `python torch_worker.py TASK`, see jax_worker.
+"""The same parameter server in plain PyTorch: `python -m` this, with a JSON task, see jax_worker.
 
-It is run by file name, by an interpreter that has PyTorch and need not have this package: it
-imports nothing but the standard library, numpy and torch.
+It is run by an interpreter that has PyTorch and need not have the library: it imports nothing but
+the standard library, numpy, torch and `workers`, which needs no more.
 """
 
 import importlib
@@ -9,11 +9,12 @@ import importlib.util
 import itertools
 import json
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from benchmarks.workers import serve_epochs
 
 # Tools that read every module of the package, such as doctest, need not have PyTorch.
 _HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -66,10 +67,10 @@ def make_mlp(image_shape: tuple[int, ...], options: dict[str, Any]) -> Any:
     return params, logits
 
 
-MODELS = {"mnist_cnn": make_lenet, "mlp": make_mlp}
+_MODELS = {"mnist_cnn": make_lenet, "mlp": make_mlp}
 
 
-def make_epochs(task: dict[str, Any]) -> Callable[[int], float]:
+def make_eager_epochs(task: dict[str, Any]) -> Callable[[int], float]:
     """Returns `run(n)`: n epochs of N round-robin workers, each with its own parameter copy.
 
     A worker's gradient is taken at its copy, the server makes the step, and the worker pulls.
@@ -78,7 +79,7 @@ def make_epochs(task: dict[str, Any]) -> Callable[[int], float]:
         images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).contiguous()
         labels = torch.from_numpy(arrays["labels"]).long()
     shape = tuple(images.shape[1:])
-    server, logits = MODELS[task["model"]](shape, task["model_options"])
+    server, logits = _MODELS[task["model"]](shape, task["model_options"])
     num_workers, size = task["num_workers"], task["batch_size"]
     copies = [[p.clone().requires_grad_() for p in server] for _ in range(num_workers)]
     steps_per_epoch = len(labels) // size
@@ -107,20 +108,9 @@ def make_epochs(task: dict[str, Any]) -> Callable[[int], float]:
     return run
 
 
-def main() -> None:
-    """Serves requests from standard input until it is closed."""
-    task = json.loads(sys.argv[1])
-    torch.manual_seed(0)
-    run = make_epochs(task)
-    run(1)
-    print(json.dumps({"ready": True, "torch": torch.__version__}), flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        torch.set_num_threads(request["threads"])
-        before = time.perf_counter()
-        loss = run(request["epochs"])
-        print(json.dumps({"seconds": time.perf_counter() - before, "loss": loss}), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(0)
+    serve_epochs(
+        make_eager_epochs(json.loads(sys.argv[1])),
+        prepare=lambda request: torch.set_num_threads(request["threads"]),
+    )

@@ -3,7 +3,9 @@
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,20 +15,17 @@ from typing import Any, NamedTuple
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 
-class WorkerFailed(Exception):
-    """A worker could not start, or died; the message is the last line that it wrote."""
-
-
 class Worker(NamedTuple):
     """A running process; `ask` sends it a request and returns its reply."""
 
+    name: str
     process: subprocess.Popen[str]
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Returns the reply to a request.
 
         Raises:
-          WorkerFailed: when the process ends instead.
+          ValueError: when the process ends instead; it has the last line that this one wrote.
         """
         assert self.process.stdin is not None
         try:
@@ -43,25 +42,33 @@ class Worker(NamedTuple):
         if not line:
             assert self.process.stderr is not None
             said = self.process.stderr.read().strip().splitlines()
-            raise WorkerFailed(said[-1] if said else f"exit code {self.process.wait()}")
+            reason = said[-1] if said else f"exit code {self.process.wait()}"
+            raise ValueError(f"the worker {self.name} failed: {reason}")
         reply: dict[str, Any] = json.loads(line)
         return reply
 
 
 @contextmanager
-def start(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[Worker]:
+def start(
+    module: str,
+    *arguments: str,
+    python: str = sys.executable,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Worker]:
     """Starts a worker and waits until it is ready; ends it on leaving.
 
     Args:
-      command: program and arguments.
+      module: of this package, which calls `serve` when it is run as a program.
+      *arguments: for it.
+      python: the interpreter.
       environment: variables beside this process's own.
 
     Raises:
-      WorkerFailed: when it ends before it is ready.
+      ValueError: when it ends before it is ready.
     """
     try:
         process = subprocess.Popen(
-            list(command),
+            [python, "-m", f"benchmarks.{module}", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -70,9 +77,9 @@ def start(command: Sequence[str], environment: Mapping[str, str] | None = None) 
             cwd=checkout(),  # where `python -m benchmarks...` finds them
         )
     except OSError as error:
-        raise WorkerFailed(f"{command[0]}: {error.strerror}") from error
+        raise ValueError(f"{python}: {error.strerror}") from error
     try:
-        worker = Worker(process)
+        worker = Worker(module, process)
         worker.read()
         yield worker
     finally:
@@ -87,6 +94,33 @@ def start(command: Sequence[str], environment: Mapping[str, str] | None = None) 
         for stream in (process.stdout, process.stderr):
             assert stream is not None
             stream.close()
+
+
+def serve(answer: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+    """Says that this worker is ready, then answers requests until standard input is closed."""
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)
+
+
+def serve_epochs(
+    run: Callable[[int], float], prepare: Callable[[dict[str, Any]], None] = lambda request: None
+) -> None:
+    """Serves `{"epochs": n}` with `{"seconds": s, "loss": l}`, after one epoch that isn't timed.
+
+    Args:
+      run: makes so many epochs and returns the last one's loss.
+      prepare: is handed each request before the clock starts.
+    """
+    run(1)
+
+    def answer(request: dict[str, Any]) -> dict[str, float]:
+        prepare(request)
+        before = time.perf_counter()
+        loss = run(request["epochs"])
+        return {"seconds": time.perf_counter() - before, "loss": loss}
+
+    serve(answer)
 
 
 def checkout() -> Path:

@@ -1,6 +1,7 @@
 """What a figure claims, in numbers: expected, measured, and whether they agree."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,27 @@ class Claim(NamedTuple):
     expected: str
     measured: float
     holds: bool
+
+
+def outcome(claim: Claim, digits: int = 4) -> str:
+    """Returns what a claim came to, in words.
+
+    >>> outcome(Claim("time", "at most 1", math.nan, False))
+    'time: not a number, expected at most 1'
+    """
+    known = claim.measured is not None and not math.isnan(claim.measured)  # JSON has no NaN
+    number = f"{claim.measured:.{digits}g}" if known else "not a number"
+    return f"{claim.claim}: {number}, expected {claim.expected}"
+
+
+def verdict(claim: Claim, digits: int = 4) -> str:
+    """Returns whether a claim holds, and its outcome."""
+    return f"{'holds' if claim.holds else 'FAILS'}  {outcome(claim, digits)}"
+
+
+def count_held(claims: Sequence[Claim]) -> str:
+    """Returns how many of the claims hold, such as "2 of 3"."""
+    return f"{sum(claim.holds for claim in claims)} of {len(claims)}"
 
 
 def near(claim: str, measured: float, target: float, tolerance: float) -> Claim:

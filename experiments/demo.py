@@ -4,8 +4,6 @@
 33 workers. No download, no accelerator.
 """
 
-import argparse
-import math
 import shutil
 import sys
 import tempfile
@@ -13,6 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+from tabulate import tabulate
+
+from asgd_jax.command_line import OneLineParser
 from asgd_jax.training import train
 from asgd_jax.training.command import named_folder, run_command
 from asgd_jax.training.folder.metrics import read_rows
@@ -20,7 +22,7 @@ from configs import digits
 from experiments import style
 
 # Arms of configs/digits.py, and what the demo changes in them.
-ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+_ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "S-SGD, large batch": ("ssgd", {}),
     # Logged more often than once an epoch: it does not last that long.
     "A-SGD, same learning rate": ("asgd_same", {"log_every_steps": 5}),
@@ -31,7 +33,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 def run(out: Path) -> dict[str, dict[str, Any]]:
     """Trains every arm into a folder of its own; returns the summaries by arm."""
     summaries = {}
-    for name, (arm, changes) in ARMS.items():
+    for name, (arm, changes) in _ARMS.items():
         print(f"training: {name}", flush=True)
         config = digits.get_config(arm)
         config.update(checkpoint_every_epochs=0, **changes)  # too short to need any
@@ -41,43 +43,44 @@ def run(out: Path) -> dict[str, dict[str, Any]]:
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
     """Returns the summaries as a table, a line an arm."""
-    heads = f"{'delay':>6}{'learning rate':>15}{'train loss':>12}{'validation error':>18}  outcome"
-    lines = [f"{'':38}{heads}"]
-    for name, summary in summaries.items():
-        final, diverged = summary["final"], summary["diverged_at_step"]
-        outcome = "converged" if diverged is None else f"diverged at step {diverged}"
-        lines.append(
-            f"{name:38}{summary['batches']['delay']:>6}{summary['learning_rate']:>15.4g}"
-            f"{final['train_loss']:>12.3g}{final['validation_error']:>18.1%}  {outcome}"
-        )
-    return "\n".join(lines)
+    rows = [
+        {
+            "": name,
+            "delay": summary["batches"]["delay"],
+            "learning rate": f"{summary['learning_rate']:.4g}",
+            "train loss": f"{summary['final']['train_loss']:.3g}",
+            "validation error": f"{summary['final']['validation_error']:.1%}",
+            "outcome": "converged"
+            if summary["diverged_at_step"] is None
+            else f"diverged at step {summary['diverged_at_step']}",
+        }
+        for name, summary in summaries.items()
+    ]
+    return tabulate(
+        rows,
+        headers="keys",
+        tablefmt="plain",
+        colalign=("left", *["right"] * 4, "left"),
+        disable_numparse=True,
+    )
 
 
 def plot(out: Path) -> Any:
     """Returns the figure: validation error and train loss against epochs, a line an arm."""
     asgd = digits.get_config("asgd")
     figure, (left, right) = style.new_figure(2)
-    for index, name in enumerate(ARMS):
-        rows = read_rows(out / _folder(name))
-        evaluated = [row for row in rows if not math.isnan(row["validation_error"])]
+    for index, name in enumerate(_ARMS):
+        rows = pd.DataFrame(read_rows(out / _folder(name))).set_index("epoch")
         look = {"color": style.COLOURS[index], "marker": style.MARKERS[index], "label": name}
-        left.plot(
-            [row["epoch"] for row in evaluated],
-            [100 * row["validation_error"] for row in evaluated],
-            **style.sparse_markers(len(evaluated)),
-            **look,
-        )
-        right.plot(
-            [row["epoch"] for row in rows],
-            [row["train_loss"] for row in rows],
-            **style.sparse_markers(len(rows)),
-            **look,
-        )
-        if rows[-1]["epoch"] < asgd.epochs:
-            for axis, column, scale in ((left, "validation_error", 100), (right, "train_loss", 1)):
+        for axis, values in (
+            (left, 100 * rows.validation_error.dropna()),
+            (right, rows.train_loss),
+        ):
+            axis.plot(values.index, values, **style.sparse_markers(len(values)), **look)
+            if rows.index[-1] < asgd.epochs:
                 axis.annotate(
                     "diverged",
-                    (rows[-1]["epoch"], scale * rows[-1][column]),
+                    (values.index[-1], values.iloc[-1]),
                     (8, -4),
                     textcoords="offset points",
                     color=style.COLOURS[index],
@@ -92,7 +95,7 @@ def plot(out: Path) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo from the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="demo", help="folder for all results")
     out = parser.parse_args(arguments).out
     return run_command("demo", lambda: _make(out), stopped="stopped; start it again, it is short")

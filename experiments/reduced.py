@@ -7,7 +7,7 @@ finished isn't repeated. It needs CIFAR-10 and TFDS's imagenet2012, of which 800
 """
 
 import argparse
-import importlib.util
+import importlib
 import shlex
 import shutil
 import sys
@@ -17,20 +17,20 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from asgd_jax.command_line import OneLineParser
 from asgd_jax.training import train
 from asgd_jax.training.command import named_folder, run_command
 from asgd_jax.training.folder.metrics import read_rows
 from asgd_jax.training.folder.provenance import environment, write_json
-from asgd_jax.training.folder.table import write_records
+from asgd_jax.training.folder.table import Record, write_records
 from asgd_jax.training.plan import num_classes
-from experiments.claims import Claim, at_most
-
-Record = dict[str, float | int | str]
+from experiments.claims import Claim, at_most, count_held, verdict
+from experiments.tables import markdown_table
 
 FAR_BELOW_CHANCE = 0.1  # of the validation error: ten standard deviations on 1,000 images
 
 
-class Run(NamedTuple):
+class ReducedRun(NamedTuple):
     """One run: an arm of a config file, and the overrides that make it small.
 
     Attributes:
@@ -81,16 +81,16 @@ _IMAGENET: dict[str, Any] = {
     "num_devices": 1,
 }
 
-RUNS: dict[str, Run] = {
-    "resnet20_no_momentum": Run(
+REDUCED_RUNS: dict[str, ReducedRun] = {
+    "resnet20_no_momentum": ReducedRun(
         "cifar10_resnet44", "no_momentum", _RESNET20 | {"learning_rate": 0.5}, True
     ),
-    "resnet20_shifted": Run(
+    "resnet20_shifted": ReducedRun(
         "cifar10_resnet44", "shifted", _RESNET20 | {"learning_rate": 0.7}, True
     ),
-    "vgg11_tau31": Run("cifar10_vgg11", "asgd_tau31", _VGG11, True),
+    "vgg11_tau31": ReducedRun("cifar10_vgg11", "asgd_tau31", _VGG11, True),
     **{
-        f"resnet50_{arm}": Run("imagenet_resnet50", arm, _IMAGENET | changes, False)
+        f"resnet50_{arm}": ReducedRun("imagenet_resnet50", arm, _IMAGENET | changes, False)
         for arm, changes in {
             "ssgd": {
                 "worker_batch_size": 5,
@@ -108,29 +108,17 @@ RUNS: dict[str, Run] = {
 }
 
 
-def load_config(run: Run, configs: Path) -> ConfigDict:
-    """Returns the configuration of a run: its file's `get_config(arm)`, then the overrides.
-
-    Raises:
-      ValueError: when `configs` holds no such file.
-    """
-    file = configs / f"{run.config}.py"
-    spec = importlib.util.spec_from_file_location(run.config, file)
-    if spec is None or spec.loader is None or not file.exists():
-        raise ValueError(
-            f"{file} is missing: run from the repository's root, or give --configs=DIR"
-        )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(run.arm)
+def load_config(run: ReducedRun) -> ConfigDict:
+    """Returns the configuration of a run: its file's `get_config(arm)`, then the overrides."""
+    config: ConfigDict = importlib.import_module(f"configs.{run.config}").get_config(run.arm)
     config.update(run.overrides)
     return config
 
 
-def command(name: str, run: Run) -> str:
+def command(name: str, run: ReducedRun) -> str:
     """Returns the command line that makes the same run.
 
-    >>> command("a", Run("digits", "asgd", {"epochs": 2}, True))
+    >>> command("a", ReducedRun("digits", "asgd", {"epochs": 2}, True))
     'python scripts/train.py --config=configs/digits.py:asgd --workdir=runs/reduced/a
     --config.epochs=2'
     """
@@ -140,7 +128,7 @@ def command(name: str, run: Run) -> str:
     return shlex.join([*head, *overrides])
 
 
-def make_record(name: str, run: Run, workdir: Path, summary: Mapping[str, Any]) -> Record:
+def make_record(name: str, run: ReducedRun, workdir: Path, summary: Mapping[str, Any]) -> Record:
     """Returns the row of a finished run; losses are means over `log_every_steps` updates."""
     losses = [row["train_loss"] for row in read_rows(workdir)]
     error = float(summary["final"]["validation_error"])
@@ -164,8 +152,8 @@ def make_record(name: str, run: Run, workdir: Path, summary: Mapping[str, Any]) 
     }
 
 
-def make_claim(run: Run, record: Record) -> Claim:
-    """Returns what a run is to show: see `Run.learns`. A run that diverged shows nothing."""
+def make_claim(run: ReducedRun, record: Record) -> Claim:
+    """Returns what a run is to show: see `ReducedRun.learns`. A run that diverged shows nothing."""
     name, first, last = record["run"], record["first_train_loss"], record["last_train_loss"]
     if run.learns:
         bound = float(record["chance_error"]) - FAR_BELOW_CHANCE
@@ -184,28 +172,27 @@ def make_claim(run: Run, record: Record) -> Claim:
     return claim._replace(holds=claim.holds and record["status"] == "completed")
 
 
-def reproduce(
-    out: Path, workdir: Path, configs: Path, runs: Mapping[str, Run] = RUNS
+def make_runs(
+    out: Path, workdir: Path, runs: Mapping[str, ReducedRun] = REDUCED_RUNS
 ) -> dict[str, Any]:
     """Makes the runs that are not made yet, writes the three files and returns summary.json.
 
     Raises:
-      ValueError: for a missing config, or a folder below `workdir` that holds another run.
+      ValueError: for a folder below `workdir` that holds another run.
       DatasetNotFoundError: when the data is neither prepared nor downloadable.
       OSError: where a folder cannot be written to.
     """
-    loaded = {name: load_config(run, configs) for name, run in runs.items()}
     records: list[Record] = []
     claims: list[Claim] = []
     content: dict[str, Any] = {}
     for name, run in runs.items():
         print(command(name, run), flush=True)
-        summary = train(loaded[name], workdir / name)
+        summary = train(load_config(run), workdir / name)
         # Nothing will be continued, and a history is large.
         shutil.rmtree(workdir / name / "checkpoints", ignore_errors=True)
         records.append(make_record(name, run, workdir / name, summary))
         claims.append(make_claim(run, records[-1]))
-        print(f"  {_verdict(claims[-1])}", flush=True)
+        print(f"  {verdict(claims[-1])}", flush=True)
         content = {
             "title": "The paper's configs on real images, reduced by overrides alone",
             "claims": [claim._asdict() for claim in claims],
@@ -215,20 +202,11 @@ def reproduce(
         }
         out.mkdir(parents=True, exist_ok=True)
         write_records(out / "records.csv", records)
-        (out / "README.md").write_text(describe(content))
+        (out / "README.md").write_text(describe_runs(content))
         write_json(out / "summary.json", content)
     return content
 
 
-def _verdict(claim: Claim) -> str:
-    verdict = "holds" if claim.holds else "FAILS"
-    return f"{verdict}  {claim.claim}: {claim.measured:.4g}, expected {claim.expected}"
-
-
-_HEADS = (
-    "run", "updates", "largest staleness", "learning rate", "train loss, first and last",
-    "validation error", "chance", "beats chance", "seconds",
-)  # fmt: skip
 _TEXT = """
 Written by `python -m experiments.reduced --out=results/reduced`: the shipped configs, run
 as they are but for the overrides in the commands below. It shows that every one of them trains on
@@ -243,35 +221,35 @@ times as small, so their learning rates differ.
 """
 
 
-def describe(content: Mapping[str, Any]) -> str:
+def describe_runs(content: Mapping[str, Any]) -> str:
     """Returns the README.md of a summary: the table, the claims, the commands, the versions."""
+    records = list(content["runs"].values())
+    rows = [
+        {
+            "run": record["run"],
+            "updates": record["updates"],
+            "largest staleness": record["max_staleness"],
+            "learning rate": f"{record['learning_rate']:.3g}",
+            "train loss, first and last": f"{record['first_train_loss']:.3f}, "
+            f"{record['last_train_loss']:.3f}",
+            "validation error": f"{record['validation_error']:.1%}",
+            "chance": f"{record['chance_error']:.1%}",
+            "beats chance": record["beats_chance"],
+            "seconds": f"{record['wall_time_s']:.0f}",
+        }
+        for record in records
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    device = content["device"]
+    commits = ", ".join(sorted({str(record["commit"]) for record in records}))
     lines = [
         f"# {content['title']}",
         _TEXT,
-        f"| {' | '.join(_HEADS)} |",
-        "|---" * len(_HEADS) + "|",
-    ]
-    for record in content["runs"].values():
-        cells = (
-            record["run"],
-            record["updates"],
-            record["max_staleness"],
-            f"{record['learning_rate']:.3g}",
-            f"{record['first_train_loss']:.3f}, {record['last_train_loss']:.3f}",
-            f"{record['validation_error']:.1%}",
-            f"{record['chance_error']:.1%}",
-            record["beats_chance"],
-            f"{record['wall_time_s']:.0f}",
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += ["", "## Claims", ""]
-    lines += [f"* {_verdict(Claim(**claim))}" for claim in content["claims"]]
-    lines += ["", "## Commands", ""]
-    lines += [f"    {record['command']}\n" for record in content["runs"].values()]
-    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
-    device = content["device"]
-    commits = ", ".join(sorted({str(record["commit"]) for record in content["runs"].values()}))
-    lines += [
+        markdown_table(rows),
+        "\n## Claims\n",
+        *(f"* {verdict(Claim(**claim))}" for claim in content["claims"]),
+        "\n## Commands\n",
+        *(f"    {record['command']}\n" for record in records),
         f"Made in {content['wall_time_s']:.0f} s on {device['host_cores']} cores of a "
         f"{device['platform']}; {versions}; commit {commits}.",
     ]
@@ -280,25 +258,24 @@ def describe(content: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs from the command line; returns the exit code, see `run_command`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="results/reduced", help="of the table")
     parser.add_argument("--workdir", default="runs/reduced", help="of the runs")
-    parser.add_argument("--configs", type=Path, default=Path("configs"), help="of the config files")
     parser.add_argument("--only", default="", help="comma-separated names of runs; all by default")
     options = parser.parse_args(arguments)
     return run_command("reduced", lambda: _make(options))
 
 
 def _make(options: argparse.Namespace) -> None:
-    names = options.only.split(",") if options.only else list(RUNS)
-    unknown = [name for name in names if name not in RUNS]
+    names = options.only.split(",") if options.only else list(REDUCED_RUNS)
+    unknown = [name for name in names if name not in REDUCED_RUNS]
     if unknown:
-        raise ValueError(f"unknown run {unknown[0]!r}: use some of {', '.join(RUNS)}")
-    chosen = {name: RUNS[name] for name in names}
+        raise ValueError(f"unknown run {unknown[0]!r}: use some of {', '.join(REDUCED_RUNS)}")
+    chosen = {name: REDUCED_RUNS[name] for name in names}
     out, workdir = (named_folder(getattr(options, o), o) for o in ("out", "workdir"))
-    content = reproduce(out, workdir, options.configs, chosen)
-    held = sum(claim["holds"] for claim in content["claims"])
-    print(f"{held} of {len(content['claims'])} claims hold; see {out / 'README.md'}")
+    content = make_runs(out, workdir, chosen)
+    held = count_held([Claim(**claim) for claim in content["claims"]])
+    print(f"{held} claims hold; see {out / 'README.md'}")
 
 
 if __name__ == "__main__":

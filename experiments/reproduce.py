@@ -6,7 +6,7 @@ A figure is a module of `experiments.figures` with
 * `PRESETS`: a configuration (NamedTuple or ConfigDict) for each preset that the figure has;
 * `run(config)`: a list of flat dicts with equal keys, the rows of the table; figures that train
   have `run(config, work)` instead, and keep in the folder `work` what a killed run continues from;
-* `plot(records)`: the matplotlib figure;
+* `plot(records)`: the matplotlib figure of that table, a pandas one;
 * `claims(records)`: a list of `Claim`;
 * `PROXY`, where the cpu preset stands in for something larger: what for, in a line.
 
@@ -22,9 +22,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from asgd_jax.training.folder.provenance import environment, write_json
 from asgd_jax.training.folder.table import Record, read_records, write_records
 from experiments import style
+from experiments.claims import Claim, count_held, verdict
 
 _MODULES = "experiments.figures"
 NUMERIC = ("4", "6", "7", "8", "10")
@@ -141,10 +144,9 @@ def _write(
         partial = Path(partial_name)
         write_records(partial / "records.csv", records)
         # As they are in the file, so that pictures and claims are functions of what is kept.
-        records = read_records(partial / "records.csv")
-        claims = [claim._asdict() for claim in module.claims(records)]
-        summary = description | {"claims": claims}
-        style.save(module.plot(records), partial / f"{name}.png")
+        table = pd.DataFrame(read_records(partial / "records.csv"))
+        summary = description | {"claims": [claim._asdict() for claim in module.claims(table)]}
+        style.save(module.plot(table), partial / f"{name}.png")
         write_json(partial / "summary.json", summary)
         folder = out / name
         folder.mkdir(exist_ok=True)
@@ -160,15 +162,11 @@ def clean_work(out: Path) -> None:
 
 def describe(summary: Mapping[str, Any], out: Path) -> str:
     """Returns a summary as text: a line a claim, then where the files are."""
-    claims = summary["claims"]
-    lines = [f"figure {summary['figure']}: {summary['caption']}"]
-    for claim in claims:
-        verdict = "holds" if claim["holds"] else "FAILS"
-        numbers = f"{claim['measured']:.6g}, expected {claim['expected']}"
-        lines.append(f"  {verdict}  {claim['claim']}: {numbers}")
-    held = sum(claim["holds"] for claim in claims)
-    lines.append(
-        f"  {held} of {len(claims)} claims hold; preset {summary['preset']}, "
-        f"{summary['wall_time_s']:.3g} s; see {out / folder_name(summary['figure'])}"
-    )
-    return "\n".join(lines)
+    claims = [Claim(**claim) for claim in summary["claims"]]
+    lines = [
+        f"figure {summary['figure']}: {summary['caption']}",
+        *(verdict(claim, digits=6) for claim in claims),
+        f"{count_held(claims)} claims hold; preset {summary['preset']}, "
+        f"{summary['wall_time_s']:.3g} s; see {out / folder_name(summary['figure'])}",
+    ]
+    return "\n  ".join(lines)

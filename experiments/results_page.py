@@ -1,11 +1,13 @@
 """README.md of a folder of results: what was run, what held, and the pictures."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.claims import Claim, count_held, outcome
 from experiments.reproduce import FIGURES, folder_name
+from experiments.tables import markdown_table
 
 _HEAD = """# Results
 
@@ -31,46 +33,38 @@ def write_page(out: Path) -> None:
 
 def page(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the page as Markdown: a table of the figures, their failed claims, thumbnails."""
-    lines = [
-        _HEAD,
-        "| figure | what it claims | claims that hold | preset | proxy | time |",
-        "|---|---|---|---|---|---|",
+    claims = {
+        figure: [Claim(**claim) for claim in summary["claims"]]
+        for figure, summary in summaries.items()
+    }
+    rows = [
+        {
+            "figure": f"[{figure}]({folder_name(figure)}/summary.json)",
+            "what it claims": summary["caption"],
+            "claims that hold": count_held(claims[figure]),
+            "preset": summary["preset"],
+            "proxy": summary.get("proxy") or "no",
+            "time": f"{summary['wall_time_s']:.0f} s"
+            + (" and earlier runs" if summary.get("found_runs") else ""),
+        }
+        for figure, summary in summaries.items()
     ]
-    for figure, summary in summaries.items():
-        held = sum(claim["holds"] for claim in summary["claims"])
-        name = folder_name(figure)
-        lines.append(
-            f"| [{figure}]({name}/summary.json) | {summary['caption']} "
-            f"| {held} of {len(summary['claims'])} | {summary['preset']} "
-            f"| {summary.get('proxy') or 'no'} | {summary['wall_time_s']:.0f} s"
-            f"{' and earlier runs' if summary.get('found_runs') else ''} |"
-        )
+    lines = [_HEAD, markdown_table(rows)]
     missing = [figure for figure in FIGURES if figure not in summaries]
     if missing:
         lines.append(f"\nNot in this folder: {', '.join(missing)}.")
-    lines += ["", *_failures(summaries), *_pictures(summaries)]
-    return "\n".join(lines) + "\n"
-
-
-def _failures(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    lines = []
-    for figure, summary in summaries.items():
-        for claim in summary["claims"]:
-            if not claim["holds"]:
-                measured = claim["measured"]
-                number = "not a number" if measured is None else f"{measured:.4g}"
-                lines.append(
-                    f"* figure {figure}: {claim['claim']}: {number}, expected {claim['expected']}"
-                )
-    return ["## What does not hold here", "", *lines, ""] if lines else []
-
-
-def _pictures(summaries: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
-    lines = ["## Pictures", ""]
-    for figure in summaries:
-        name = folder_name(figure)
-        lines.append(
-            f'<a href="{name}/{name}.png"><img src="{name}/{name}.png" width="400" '
-            f'alt="figure {figure}"></a>'
-        )
-    return lines
+    failed = [
+        f"* figure {figure}: {outcome(claim)}"
+        for figure, found in claims.items()
+        for claim in found
+        if not claim.holds
+    ]
+    if failed:
+        lines += ["", "## What does not hold here", "", *failed]
+    names = [folder_name(figure) for figure in summaries]
+    pictures = [
+        f'<a href="{name}/{name}.png"><img src="{name}/{name}.png" width="400" '
+        f'alt="figure {figure}"></a>'
+        for figure, name in zip(summaries, names, strict=True)
+    ]
+    return "\n".join([*lines, "", "## Pictures", "", *pictures]) + "\n"

@@ -9,8 +9,8 @@ import optax
 
 from asgd_jax import curvature
 from asgd_jax.curvature import LossFn
-from asgd_jax.transforms import stale_params
-from experiments.minima import Problem
+from asgd_jax.transforms import update_params
+from experiments.edges.minimum import Problem
 
 _TOLERANCE = 1e-3  # relative, of the sharpness
 
@@ -80,9 +80,8 @@ def make_track(problem: Problem) -> Callable[..., list[Sample]]:
     def track(optimizer: optax.GradientTransformation, steps: Sequence[int]) -> list[Sample]:
         if not steps or min(np.diff([-1, *steps])) < 1:
             raise ValueError(f"steps must rise from 0 or more, got {list(steps)}")
-        tx = optax.with_extra_args_support(optimizer)
-        advance = _make_advance(loss_fn, tx)
-        params, state, done, vector = initial, tx.init(initial), 0, None
+        advance = _make_advance(loss_fn, optimizer)
+        params, state, done, vector = initial, optimizer.init(initial), 0, None
         samples = []
         for step in steps:
             params, state = advance(params, state, batch, step - done)
@@ -95,17 +94,18 @@ def make_track(problem: Problem) -> Callable[..., list[Sample]]:
 
 
 def _make_advance(
-    loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs
+    loss_fn: LossFn, tx: optax.GradientTransformation
 ) -> Callable[[Any, Any, Any, int], tuple[Any, Any]]:
     """`advance(params, state, batch, num_steps)`, compiled once for all numbers of steps."""
 
     @jax.jit
     def advance(params: Any, state: Any, batch: Any, num_steps: int) -> tuple[Any, Any]:
+        def gradient(where: Any) -> tuple[Any, None]:
+            return jax.grad(loss_fn)(where, batch), None
+
         def step(_: int, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-            params, state = carry
-            gradient = jax.grad(loss_fn)(stale_params(state, params), batch)
-            updates, state = tx.update(gradient, state, params)
-            return optax.apply_updates(params, updates), state
+            params, state, _ = update_params(tx, gradient, *carry)
+            return params, state
 
         return jax.lax.fori_loop(0, num_steps, step, (params, state))
 

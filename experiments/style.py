@@ -1,7 +1,11 @@
 """How every picture of the project looks: colours that colour-blind readers tell apart, units."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from scipy.optimize import isotonic_regression
 
 from asgd_jax.stability.plot import import_matplotlib
 
@@ -63,6 +67,33 @@ def sparse_markers(num_points: int, wanted: int = 8) -> dict[str, Any]:
     10
     """
     return {"markevery": max(1, num_points // wanted), "markersize": 5}
+
+
+def name_line(
+    axis: Any, name: str, place: tuple[float, float], colour: str, fontsize: int = 11
+) -> None:
+    """Writes a line's name right of `place`: a share of the axis' width, and a value on its y."""
+    axis.annotate(
+        name,
+        place,
+        (5, 0),
+        xycoords=axis.get_yaxis_transform(),
+        textcoords="offset points",
+        color=colour,
+        fontsize=fontsize,
+        va="center",
+    )
+
+
+def move_apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Moves sorted heights as little as possible, in least squares, to be `gap` or more apart.
+
+    >>> move_apart([0.0, 5.0, 5.0], 2.0)
+    [0.0, 4.0, 6.0]
+    """
+    steps = gap * np.arange(len(heights))
+    moved = isotonic_regression(np.asarray(heights, np.float64) - steps).x + steps
+    return [float(height) for height in moved]
 
 
 def save(figure: Any, file: Path) -> None:

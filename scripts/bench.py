@@ -1,23 +1,17 @@
 """Benchmarks: python scripts/bench.py [--out=DIR] [--only=ITEM,...] [--quick]."""
 
-import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 # The laboratory is no part of the installed library.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, where argparse would print its usage too."""
-        self.exit(2, f"bench.py: {message}\n")
-
-
 def main() -> int:
     """Measures what the command line asks for; a mistake of the user's is one line and code 2."""
-    parser = _Parser(description=__doc__, allow_abbrev=False)
+    from asgd_jax.command_line import OneLineParser
+
+    parser = OneLineParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", default="results/bench", help="default: results/bench")
     parser.add_argument("--only", default="all", metavar="ITEM,...", help="default: all")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, numbers without meaning")

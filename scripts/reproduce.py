@@ -1,23 +1,17 @@
 """Reproduces figures: python scripts/reproduce.py --figure=N|all --preset=smoke|cpu|paper."""
 
-import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 # The laboratory is no part of the installed library.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, where argparse would print its usage too."""
-        self.exit(2, f"reproduce.py: {message}\n")
-
-
 def main() -> int:
     """Reproduces what the command line asks for; returns the exit code, see `run_command`."""
-    parser = _Parser(description=__doc__, allow_abbrev=False)
+    from asgd_jax.command_line import OneLineParser
+
+    parser = OneLineParser(description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--figure", required=True, metavar="N|eos|all", help="of the paper; several with commas"
     )

@@ -16,19 +16,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 
-from asgd_jax import stability
+from asgd_jax import data, stability
 from asgd_jax.stability.arguments import Kind
 from asgd_jax.training.folder.table import Record, add_runs, open_table, run_key
+from asgd_jax.transforms import delayed_sgd
 from experiments import style
 from experiments.claims import Claim, at_most, deviation, near
-from experiments.departure import make_optimizer
-from experiments.figures.threshold_curves import spread
-from experiments.minima import Problem
+from experiments.edges.minimum import Problem, tanh_problem
 from experiments.sharpness_track import Sample, make_track, measuring_steps
 
 CAPTION = (
@@ -38,7 +37,7 @@ CAPTION = (
 )
 
 
-class Data(NamedTuple):
+class TrainingSet(NamedTuple):
     """A training set and the network for it.
 
     Attributes:
@@ -70,8 +69,8 @@ class Config(NamedTuple):
       seed: of the initial parameters.
     """
 
-    same_rate_data: Data
-    data: Data
+    same_rate_data: TrainingSet
+    data: TrainingSet
     same_rate: float = 0.06
     same_rate_delays: tuple[int, ...] = (0, 2, 4, 8)
     common_edge: float = 10.0
@@ -90,7 +89,7 @@ class Config(NamedTuple):
     seed: int = 0
 
 
-_TINY = Data("digits", 64, (16, 16))
+_TINY = TrainingSet("digits", 64, (16, 16))
 PRESETS = {
     "smoke": Config(
         _TINY,
@@ -105,10 +104,10 @@ PRESETS = {
         same_rate_time=300.0,
         num_samples=8,
     ),
-    "cpu": Config(Data("mnist", 512, (32, 32)), Data("digits", 256, (32, 32, 32))),
+    "cpu": Config(TrainingSet("mnist", 512, (32, 32)), TrainingSet("digits", 256, (32, 32, 32))),
     "paper": Config(
-        Data("mnist", 5000, (64, 64)),
-        Data("digits", 1437, (64, 64, 64)),
+        TrainingSet("mnist", 5000, (64, 64)),
+        TrainingSet("digits", 1437, (64, 64, 64)),
         rescaled_delays=(0, 2, 8, 16, 32),
         time=2000.0,
         same_rate_time=3000.0,
@@ -124,11 +123,11 @@ _PALETTE = (*style.COLOURS, style.BLACK)
 _INPUT_NORM = 8.0  # root mean square over the images; that of 64 standardised pixels
 
 
-class Run(NamedTuple):
+class Trajectory(NamedTuple):
     """One line of the figure: which data, and the optimizer."""
 
     panel: str
-    data: Data
+    data: TrainingSet
     time: float
     learning_rate: float
     delay: int
@@ -136,38 +135,27 @@ class Run(NamedTuple):
     kind: Kind = "heavy_ball"
 
 
-def all_runs(config: Config) -> Iterator[Run]:
+def all_runs(config: Config) -> Iterator[Trajectory]:
     """Yields the runs of the three panels."""
+    first = SAME_RATE, config.same_rate_data, config.same_rate_time, config.same_rate
     for delay in config.same_rate_delays:
-        data, time = config.same_rate_data, config.same_rate_time
-        yield Run(SAME_RATE, data, time, config.same_rate, delay)
+        yield Trajectory(*first, delay)
     for delay in config.rescaled_delays:
         rate = stability.max_learning_rate(delay, sharpness=config.common_edge)
-        yield Run(RESCALED, config.data, config.time, rate, delay)
+        yield Trajectory(RESCALED, config.data, config.time, rate, delay)
     for momentum, kind in config.momenta:
         rate, delay = config.momentum_rate, config.momentum_delay
-        yield Run(MOMENTUM, config.data, config.time, rate, delay, momentum, kind)
+        yield Trajectory(MOMENTUM, config.data, config.time, rate, delay, momentum, kind)
 
 
-def make_problem(data: Data, seed: int) -> Problem:
+def network_problem(chosen: TrainingSet, seed: int) -> Problem:
     """Returns the network, small in its initial weights, with squared loss on one full batch."""
-    from asgd_jax.data import load, normalizer
-    from asgd_jax.models import create
-
-    dataset = load(data.name, num_train=data.num_train)
-    images = normalizer(dataset)(dataset.train_images)
+    dataset = data.load(chosen.name, num_train=chosen.num_train)
+    images = data.normalizer(dataset)(dataset.train_images)
     # One scale for all data sets: curvature grows with the square of the inputs.
     images *= _INPUT_NORM / jnp.sqrt(jnp.mean(jnp.sum(images**2, axis=(1, 2, 3))))
-    targets = jax.nn.one_hot(dataset.train_labels, dataset.num_classes)
-    model = create("mlp", num_classes=dataset.num_classes, hidden=data.hidden, activation="tanh")
-    params = model.init(jax.random.key(seed), images[:1], train=False)["params"]
-
-    def loss_fn(params: Any, batch: Any) -> jax.Array:
-        images, targets = batch
-        error = model.apply({"params": params}, images, train=False) - targets
-        return jnp.mean(jnp.sum(error**2, axis=-1)) / 2.0
-
-    return Problem(loss_fn, optax.tree.scale(data.initial_scale, params), [(images, targets)])
+    problem = tanh_problem(dataset, images, hidden=chosen.hidden, seed=seed)
+    return problem._replace(params=optax.tree.scale(chosen.initial_scale, problem.params))
 
 
 def run(config: Config, work: Path) -> list[Record]:
@@ -176,23 +164,23 @@ def run(config: Config, work: Path) -> list[Record]:
     Finished runs are kept in `work`/eos: a killed program goes on with the next one.
     """
     table = open_table(work / "eos", config._asdict())
-    tracks: dict[Data, Any] = {}
+    tracks: dict[TrainingSet, Any] = {}
     keys = []
     for each in all_runs(config):
         point = {name: getattr(each, name) for name in ("panel", "delay", "momentum", "kind")}
         keys.append(run_key(point))
         if keys[-1] not in table.runs:
             if each.data not in tracks:
-                tracks[each.data] = make_track(make_problem(each.data, config.seed))
+                tracks[each.data] = make_track(network_problem(each.data, config.seed))
             table = add_runs(table, {keys[-1]: _measure(each, tracks[each.data], config)})
     return [record for key in keys for record in table.runs[key]]
 
 
-def _measure(run: Run, track: Callable[..., list[Sample]], config: Config) -> list[Record]:
+def _measure(run: Trajectory, track: Callable[..., list[Sample]], config: Config) -> list[Record]:
     """The records of one run."""
     method: dict[str, Any] = {"momentum": run.momentum, "kind": run.kind, "dampening": True}
     edge = stability.max_sharpness(run.learning_rate, run.delay, **method)
-    optimizer = make_optimizer(jnp.float32(run.learning_rate), delay=run.delay, **method)
+    optimizer = delayed_sgd(jnp.float32(run.learning_rate), run.delay, **method)
     steps = measuring_steps(round(run.time / run.learning_rate), config.num_samples)
     return [
         {
@@ -213,64 +201,57 @@ def _measure(run: Run, track: Callable[..., list[Sample]], config: Config) -> li
     ]
 
 
-def claims(records: Sequence[Record]) -> list[Claim]:
+def claims(records: pd.DataFrame) -> list[Claim]:
     """Checks start and end of every run, and the effect of the delay on where it ends."""
     series = _series(records)
-    starts = [float(rows[0]["ratio"]) for rows in series]
-    found = [
-        # Unlike Python's max, NumPy's keeps a NaN.
-        at_most("every run starts well below its edge, highest ratio", np.max(starts), _START)
-    ]
-    found.extend(_hover_claim(rows) for rows in series)
     swings = [deviation(_thirds(rows, "ratio")[1]) for rows in series]
-    found.append(
+    at_rate = {_first(rows).delay: rows for rows in _series(records, SAME_RATE)}
+    least, most = min(at_rate), max(at_rate)
+    ends = [_end(rows, "sharpness") for rows in _series(records, RESCALED)]
+    return [
+        # Unlike Python's max, NumPy's keeps a NaN.
+        at_most(
+            "every run starts well below its edge, highest ratio",
+            np.max([_first(rows).ratio for rows in series]),
+            _START,
+        ),
+        *(_hover_claim(rows) for rows in series),
         at_most(
             "sharpness hovers: standard deviation in the last third over the edge, widest run",
             np.max(swings),
             _TOLERANCE,
-        )
-    )
-    at_rate = {int(rows[0]["delay"]): rows for rows in series if rows[0]["panel"] == SAME_RATE}
-    least, most = min(at_rate), max(at_rate)
-    found.append(
+        ),
         near(
-            f"{_data([at_rate[most]])}, one learning rate: sharpness at tau = {most} over that at "
+            f"{_data(at_rate[most])}, one learning rate: sharpness at tau = {most} over that at "
             f"tau = {least} is the ratio of their h*",
             _end(at_rate[most], "sharpness") / _end(at_rate[least], "sharpness"),
-            float(at_rate[most][0]["edge"]) / float(at_rate[least][0]["edge"]),
+            _first(at_rate[most]).edge / _first(at_rate[least]).edge,
             _TOLERANCE,
-        )
-    )
-    ends = [_end(rows, "sharpness") for rows in series if rows[0]["panel"] == RESCALED]
-    found.append(
+        ),
         at_most(
             "rates in proportion to h*: all delays end at one sharpness, largest over smallest",
             np.max(ends) / np.min(ends),
             1.0 + _TOLERANCE,
-        )
-    )
-    return found
+        ),
+    ]
 
 
-def plot(records: Sequence[Record]) -> Any:
+def plot(records: pd.DataFrame) -> Any:
     """Returns the figure: sharpness against time and each run's edge, dashed; a panel an idea."""
     figure, axes = style.new_figure(3, width=5.2, height=4.6)
     figure.suptitle(
         "Edge of stability under delay: sharpness rises to h*(τ)/η (dashed) and hovers there",
         fontsize=15,
     )
-    series = _series(records)
-    panels = [
-        [rows for rows in series if rows[0]["panel"] == panel]
-        for panel in (SAME_RATE, RESCALED, MOMENTUM)
-    ]
-    rate, delay = float(panels[0][0][0]["learning_rate"]), panels[2][0][0]["delay"]
+    panels = [_series(records, panel) for panel in (SAME_RATE, RESCALED, MOMENTUM)]
+    rate, delay = _first(panels[0][0]).learning_rate, _first(panels[2][0]).delay
+    sets = [_data(lines[0]) for lines in panels]
     titles = (
-        f"{_data(panels[0])}, one rate η = {rate:.3g}:\nevery delay has its own edge",
-        f"{_data(panels[1])}, η in proportion to h*(τ):\nevery delay has the same edge",
-        f"{_data(panels[2])}, one rate, delay τ = {delay}:\nmomentum moves the edge",
+        f"{sets[0]}, one rate η = {rate:.3g}:\nevery delay has its own edge",
+        f"{sets[1]}, η in proportion to h*(τ):\nevery delay has the same edge",
+        f"{sets[2]}, one rate, delay τ = {delay}:\nmomentum moves the edge",
     )
-    delays = sorted({int(rows[0]["delay"]) for lines in panels[:2] for rows in lines})
+    delays = sorted({_first(rows).delay for lines in panels[:2] for rows in lines})
     # A delay has one colour in both of its panels.
     by_delay = dict(zip((f"τ = {delay}" for delay in delays), _PALETTE, strict=False))
     by_momentum = dict(zip(map(_label, panels[2]), _PALETTE, strict=False))
@@ -281,66 +262,63 @@ def plot(records: Sequence[Record]) -> Any:
     return figure
 
 
-def _draw(axis: Any, lines: Sequence[Sequence[Record]], colours: Mapping[str, str]) -> None:
+def _draw(axis: Any, lines: Sequence[pd.DataFrame], colours: Mapping[str, str]) -> None:
     """Draws sharpness and edges of one panel, and names the lines, lowest edge first."""
     axis.set_yscale("log")
-    order = sorted(lines, key=lambda rows: (float(rows[0]["edge"]), -int(rows[0]["delay"])))
-    edges = [float(rows[0]["edge"]) for rows in order]
+    order = sorted(lines, key=lambda rows: (_first(rows).edge, -_first(rows).delay))
+    edges = [_first(rows).edge for rows in order]
     common = np.ptp(edges) < 1e-6 * edges[0]
-    for place, (rows, edge) in enumerate(zip(order, edges, strict=True)):
-        time, sharpness = ([float(row[name]) for row in rows] for name in ("time", "sharpness"))
+    for number, (rows, edge) in enumerate(zip(order, edges, strict=True)):
         # Lines that lie on each other: the lower ones wider, so that all can be seen.
-        width = 1.4 + 2.2 * (len(order) - 1 - place) if common else 1.7
+        width = 1.4 + 2.2 * (len(order) - 1 - number) if common else 1.7
         colour = colours[_label(rows)]
-        axis.plot(time, sharpness, color=colour, linewidth=width, solid_capstyle="butt")
+        look = {"color": colour, "linewidth": width, "solid_capstyle": "butt"}
+        axis.plot(rows.time, rows.sharpness, **look)
         look = {"linestyle": "--", "linewidth": 1.4, "zorder": 3}
         axis.axhline(edge, color=style.BLACK if common else colour, **look)
     low, high = (float(np.log(limit)) for limit in axis.get_ylim())
     # Names stand at the edges; where the edge is a common one, well below it, in the empty part.
     heights = [np.log(edge) - (0.4 * (high - low) if common else 0.0) for edge in edges]
-    for rows, height in zip(order, spread(heights, 0.065 * (high - low)), strict=True):
-        axis.annotate(
-            _label(rows),
-            (0.75 if common else 1.0, np.exp(height)),
-            (5, 0),
-            xycoords=axis.get_yaxis_transform(),
-            textcoords="offset points",
-            color=colours[_label(rows)],
-            fontsize=12,
-            va="center",
-        )
+    apart = style.move_apart(heights, 0.065 * (high - low))
+    for rows, height in zip(order, apart, strict=True):
+        place = (0.75 if common else 1.0, np.exp(height))
+        style.name_line(axis, _label(rows), place, colours[_label(rows)], fontsize=12)
     ticks = [tick for tick in (1, 2, 3, 5, 10, 20, 30, 50, 100) if low < np.log(tick) < high]
     axis.set_yticks(ticks, labels=[str(tick) for tick in ticks])
     axis.minorticks_off()
-    axis.set_xlim(left=0.0, right=max(float(row["time"]) for rows in lines for row in rows))
+    axis.set_xlim(left=0.0, right=max(rows.time.max() for rows in lines))
     axis.set_xlabel("training time (η × updates)")
 
 
-def _series(records: Sequence[Record]) -> list[list[Record]]:
-    """The rows of each run, runs in the order of the table."""
-    runs: dict[tuple[Any, ...], list[Record]] = {}
-    for record in records:
-        key = tuple(record[name] for name in ("panel", "data", "delay", "momentum", "kind"))
-        runs.setdefault(key, []).append(record)
-    return list(runs.values())
+def _series(records: pd.DataFrame, panel: str | None = None) -> list[pd.DataFrame]:
+    """The rows of each run (of a panel), runs in the order of the table."""
+    keys = ["panel", "data", "delay", "momentum", "kind"]
+    runs = [rows for _, rows in records.groupby(keys, sort=False)]
+    return [rows for rows in runs if panel in (None, _first(rows).panel)]
 
 
-def _thirds(rows: Sequence[Record], name: str) -> tuple[np.ndarray, np.ndarray]:
+def _first(rows: pd.DataFrame) -> Any:
+    """The first row of a run: what is the same in all of them, and where it starts."""
+    return next(rows.itertuples())
+
+
+def _thirds(rows: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray]:
     """A column's values in the second and in the last third of the run's time."""
-    time, values = (np.array([float(row[key]) for row in rows]) for key in ("time", name))
-    share = time / time[-1]
+    share = (rows.time / rows.time.iloc[-1]).to_numpy()
+    values = rows[name].to_numpy()
     return values[(share >= 1 / 3) & (share < 2 / 3)], values[share >= 2 / 3]
 
 
-def _end(rows: Sequence[Record], name: str) -> float:
+def _end(rows: pd.DataFrame, name: str) -> float:
     """The mean of a column over the last third of the run's time."""
     return float(np.mean(_thirds(rows, name)[1]))
 
 
-def _hover_claim(rows: Sequence[Record]) -> Claim:
+def _hover_claim(rows: pd.DataFrame) -> Claim:
     """The claim that a run ends at its edge; where it does not, with the reason the rows show."""
-    name = f"{_data([rows])}, {str(rows[0]['panel']).replace('_', ' ')}, tau = {rows[0]['delay']}"
-    if rows[0]["panel"] == MOMENTUM:
+    first = _first(rows)
+    name = f"{_data(rows)}, {first.panel.replace('_', ' ')}, tau = {first.delay}"
+    if first.panel == MOMENTUM:
         name += f", {_momentum(rows)}"
     found = near(
         f"{name}: sharpness over h*/eta, mean of the last third",
@@ -351,10 +329,10 @@ def _hover_claim(rows: Sequence[Record]) -> Claim:
     return found if found.holds else found._replace(claim=f"{found.claim} ({_reason(rows)})")
 
 
-def _reason(rows: Sequence[Record]) -> str:
+def _reason(rows: pd.DataFrame) -> str:
     """Why a run isn't at its edge, as far as its own rows tell."""
     before, last = (float(np.mean(part)) for part in _thirds(rows, "ratio"))
-    highest = float(np.max([float(row["ratio"]) for row in rows]))
+    highest = float(np.max(rows.ratio.to_numpy()))
     if not np.isfinite(highest):
         return "the run diverged"
     if highest < 1.0:
@@ -364,20 +342,21 @@ def _reason(rows: Sequence[Record]) -> str:
     return f"it was {before:.3g} in the third before: not on its way to the edge"
 
 
-def _data(series: Sequence[Sequence[Record]]) -> str:
+def _data(rows: pd.DataFrame) -> str:
     """The name of the data set, as one writes it."""
-    name = str(series[0][0]["data"])
+    name = _first(rows).data
     return name.upper() if name == "mnist" else name
 
 
-def _momentum(rows: Sequence[Record]) -> str:
+def _momentum(rows: pd.DataFrame) -> str:
     """Kind and size of the momentum."""
-    momentum, kind = float(rows[0]["momentum"]), rows[0]["kind"]
-    if momentum == 0.0:
+    first = _first(rows)
+    if first.momentum == 0.0:
         return "no momentum"
-    return f"{'shifted' if kind == 'shifted' else 'damped'} {momentum:g}"
+    return f"{'shifted' if first.kind == 'shifted' else 'damped'} {first.momentum:g}"
 
 
-def _label(rows: Sequence[Record]) -> str:
+def _label(rows: pd.DataFrame) -> str:
     """A line's name in the picture."""
-    return _momentum(rows) if rows[0]["panel"] == MOMENTUM else f"τ = {rows[0]['delay']}"
+    first = _first(rows)
+    return _momentum(rows) if first.panel == MOMENTUM else f"τ = {first.delay}"

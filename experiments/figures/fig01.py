@@ -1,37 +1,72 @@
 """Figure 1: under delay, a learning rate that is not lowered generalises worse, or diverges."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from ml_collections import ConfigDict
 
 from asgd_jax.training.folder.table import Record
+from asgd_jax.training.sweep import sweep
+from configs import mnist_cnn
 from experiments import style
 from experiments.claims import Claim, at_least, at_most, deviation
-from experiments.figures import mnist_rates
-from experiments.figures.mnist_rates import DELAY, rates_of
 from experiments.figures.training_runs import (
     chance_error,
     did_diverge,
     final_errors,
     last_epoch,
-    over_seeds,
     plot_curve,
+    run_points,
     select,
+    with_chance,
+    with_overrides,
 )
 
 CAPTION = (
     "Unless the learning rate is lowered in proportion to 1/tau, validation error under a delay "
     "is worse than that of the equivalent large batch (S-SGD); large learning rates diverge."
 )
-PRESETS = mnist_rates.PRESETS
-run = mnist_rates.run
+DELAY = int(mnist_cnn.get_config("asgd").delay)
+
+
+def _preset(factors: Sequence[float], seeds: Sequence[int], **overrides: Any) -> ConfigDict:
+    """Learning rates are those of eq. 8 times `factors`, and the baseline's own, un-rescaled."""
+    train = with_overrides(mnist_cnn.get_config(), **overrides)
+    return ConfigDict({"train": train, "factors": tuple(factors), "seeds": tuple(seeds)})
+
+
+_SCAN = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+_DIGITS: dict[str, Any] = {"dataset": "digits", "model": "digits_cnn", "worker_batch_size": 4}
+PRESETS = {
+    "smoke": _preset((0.5, 1.0, 2.0), (0, 1), **_DIGITS, epochs=3, num_devices=1),
+    "cpu": _preset(_SCAN, (0, 1), epochs=6, num_devices=1),
+    "paper": _preset(_SCAN, range(5), epochs=50),
+}
 
 _DIVERGES_ABOVE = 0.05  # of the caption
 _CLOSE = 0.005  # of validation error, in which two arms agree at the least
 
 
-def claims(records: Sequence[Record]) -> list[Claim]:
+def run(config: ConfigDict, work: Path) -> list[Record]:
+    """Returns the curves of S-SGD, and of A-SGD at every learning rate."""
+    baseline = float(config.train.learning_rate)
+    eq_8 = float(f"{baseline / DELAY:.6g}")
+    rates = [float(f"{eq_8 * factor:.6g}") for factor in config.factors]
+    arms = [{"delay": 0, "learning_rate": baseline}]
+    arms += [{"delay": DELAY, "learning_rate": rate} for rate in [*rates, baseline]]
+    records = sweep(config.train, run_points(arms, config.seeds), work=work / "mnist_rates")
+    return with_chance(records, config.train)
+
+
+def rates_of(records: pd.DataFrame) -> list[float]:
+    """Returns the learning rates of A-SGD, in order; the last one is the baseline's."""
+    return sorted(float(rate) for rate in select(records, delay=DELAY).learning_rate.unique())
+
+
+def claims(records: pd.DataFrame) -> list[Claim]:
     """Checks the gap at the baseline's rate, what diverges, and where the best rate lies."""
     last, rates = last_epoch(records), rates_of(records)
     baseline = rates[-1]
@@ -67,7 +102,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
     ]
 
 
-def plot(records: Sequence[Record]) -> Any:
+def plot(records: pd.DataFrame) -> Any:
     """Returns the figure: training curves, and the final error against the learning rate."""
     last, rates = last_epoch(records), rates_of(records)
     epochs = range(1, last + 1)
@@ -76,13 +111,12 @@ def plot(records: Sequence[Record]) -> Any:
         f"Delay {DELAY}: the learning rate must be divided by the delay, or error grows",
         fontsize=14,
     )
-    ssgd = over_seeds(select(records, delay=0), epochs, "validation_error")
-    plot_curve(left, ssgd, color=style.BLACK, linestyle="--", label=f"S-SGD, {rates[-1]:g}")
+    look: dict[str, Any] = {"color": style.BLACK, "linestyle": "--"}
+    plot_curve(left, select(records, delay=0), epochs, label=f"S-SGD, {rates[-1]:g}", **look)
     shown = [rate for rate in rates if not did_diverge(_asgd(records, rate))][-4:]
     for index, rate in enumerate(shown):
-        curve = over_seeds(_asgd(records, rate), epochs, "validation_error")
-        look: dict[str, Any] = {"color": style.COLOURS[index], "marker": style.MARKERS[index]}
-        plot_curve(left, curve, label=f"A-SGD, {rate:.2g}", markersize=5, **look)
+        look = {"color": style.COLOURS[index], "marker": style.MARKERS[index], "markersize": 5}
+        plot_curve(left, _asgd(records, rate), epochs, label=f"A-SGD, {rate:.2g}", **look)
     left.set(xlabel="epoch", ylabel="validation error (%)", yscale="log")
     left.set_title("training: validation error by learning rate")
     left.legend(fontsize=10)
@@ -90,7 +124,7 @@ def plot(records: Sequence[Record]) -> Any:
     return figure
 
 
-def _plot_final(axis: Any, records: Sequence[Record], last: int, rates: Sequence[float]) -> None:
+def _plot_final(axis: Any, records: pd.DataFrame, last: int, rates: Sequence[float]) -> None:
     finals = [100 * final_errors(_asgd(records, rate), last) for rate in rates]
     ssgd = 100 * final_errors(select(records, delay=0), last)
     axis.axhline(ssgd.mean(), color=style.BLACK, linestyle="--", linewidth=1.3)
@@ -118,5 +152,5 @@ def _plot_final(axis: Any, records: Sequence[Record], last: int, rates: Sequence
     axis.set_title(f"after {last} epochs")
 
 
-def _asgd(records: Sequence[Record], rate: float) -> list[Record]:
+def _asgd(records: pd.DataFrame, rate: float) -> pd.DataFrame:
     return select(records, delay=DELAY, learning_rate=rate)

@@ -1,14 +1,15 @@
 """Figure 4: shifted momentum (eq. 11) keeps minima stable at larger learning rates."""
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import pandas as pd
+
+from asgd_jax.training.folder.table import Record
 from experiments import style
 from experiments.claims import Claim, at_least, at_most, near
 from experiments.figures import threshold_curves as curves
-from experiments.figures.threshold_curves import Record
 
 CAPTION = "With shifted momentum, the larger m, the larger the stable learning rate at any delay."
 
@@ -43,9 +44,9 @@ def run(config: Config) -> list[Record]:
     return records
 
 
-def claims(records: Sequence[Record]) -> list[Claim]:
+def claims(records: pd.DataFrame) -> list[Claim]:
     """Checks that momentum helps at every delay, the lines, and how far the gain goes."""
-    momenta = _momenta(records)
+    momenta = curves.momenta(records)
     names = [_name(momentum) for momentum in momenta]
     gains = {m: _curve(records, m)[1] for m in momenta}
     ratio = min(
@@ -73,11 +74,11 @@ def claims(records: Sequence[Record]) -> list[Claim]:
     ]
 
 
-def plot(records: Sequence[Record]) -> Any:
+def plot(records: pd.DataFrame) -> Any:
     """Returns the figure: 1/h* against the delay for each m, and the gain over m = 0."""
     figure, (left, right) = style.new_figure(2, width=6, height=4.4)
     figure.suptitle("Shifted momentum m raises the largest stable learning rate", fontsize=14)
-    for momentum, color in zip(_momenta(records), style.COLOURS, strict=False):
+    for momentum, color in zip(curves.momenta(records), style.COLOURS, strict=False):
         look: dict[str, Any] = {"color": color, "label": f"m = {momentum:g}", "linewidth": 2}
         curves.plot_series(left, records, _name(momentum), **look)
         delays, gains = _curve(records, momentum)
@@ -98,11 +99,7 @@ def _name(momentum: float, far: bool = False) -> str:
     return f"m={momentum:g}" + (" far" if far else "")
 
 
-def _momenta(records: Sequence[Record]) -> list[float]:
-    return sorted({float(record["momentum"]) for record in records})
-
-
-def _curve(records: Sequence[Record], momentum: float) -> tuple[list[float], list[float]]:
+def _curve(records: pd.DataFrame, momentum: float) -> tuple[list[float], list[float]]:
     """All delays of one momentum, and the gains."""
     delays, gains = (
         curves.column(records, _name(momentum), name)

@@ -1,41 +1,130 @@
 """Figure 5: with the rate divided by the delay, shifted or no momentum does as well as can be."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+from ml_collections import ConfigDict
+
 from asgd_jax.training.folder.table import Record
+from asgd_jax.training.optimizer import effective_learning_rate
+from asgd_jax.training.sweep import point_config, sweep
+from configs import imagenet_resnet50
 from experiments import style
 from experiments.claims import Claim, at_least, at_most
-from experiments.figures import resnet_arms
-from experiments.figures.resnet_arms import (
-    DAMPED,
-    NONE,
-    SHIFTED,
-    SQRT,
-    SSGD,
-    STANDARD,
-    errors_of,
-)
 from experiments.figures.training_runs import (
     did_diverge,
+    final_errors,
     last_epoch,
-    over_seeds,
-    plot_curve,
+    plot_both_errors,
+    run_points,
     select,
+    take_arms,
+    with_arm,
+    with_chance,
+    with_overrides,
 )
 
 CAPTION = (
     "With the learning rate divided by the delay, A-SGD with standard momentum is worst; turning "
     "momentum off, or shifting it, comes close to S-SGD; a rate over sqrt(tau) does not converge."
 )
-PROXY = resnet_arms.PROXY
-PRESETS = resnet_arms.PRESETS
-run = resnet_arms.run
+PROXY = (
+    "16 workers (tau = 15) of 16 samples, a ResNet-8 of a quarter of the width and 5,000 images "
+    "of CIFAR-10 in the place of ResNet-50 on ImageNet"
+)
+
+SSGD = "S-SGD, large batch"
+STANDARD = "standard momentum"
+DAMPED = "standard momentum, damped"
+SQRT = "standard momentum, rate / √τ"
+NONE = "no momentum"
+SHIFTED = "shifted momentum"
+NORMAL = "shifted momentum, Gaussian delay"
+_ARMS = {
+    SSGD: "ssgd",
+    STANDARD: "standard",
+    DAMPED: "standard_damped",
+    SQRT: "standard_sqrt",
+    NONE: "no_momentum",
+    SHIFTED: "shifted",
+    NORMAL: "shifted_normal",
+}
+_FIELDS = (
+    "momentum_kind", "dampening", "momentum", "delay_distribution", "worker_schedule", "delay",
+    "learning_rate_rule",
+)  # fmt: skip
 
 _CLOSE = 0.02  # of validation error
 
 
-def claims(records: Sequence[Record]) -> list[Claim]:
+def _preset(seeds: Sequence[int], *, ramp_from: float = 0.0, **overrides: Any) -> ConfigDict:
+    """The recipe's decay, at 1/3, 2/3 and 8/9 of the epochs; rows are an epoch's.
+
+    The ramp begins at the learning rate `ramp_from`, the same for every arm.
+    """
+    train = with_overrides(
+        imagenet_resnet50.get_config(), log_every_steps=None, warmup_from=0.0, **overrides
+    )
+    train.decay_epochs = tuple(round(train.epochs * share, 3) for share in (1 / 3, 2 / 3, 8 / 9))
+    return ConfigDict({"train": train, "ramp_from": ramp_from, "seeds": tuple(seeds)})
+
+
+_SMALL: dict[str, Any] = {"momentum": 0.0, "eval_batch_size": 500, "num_devices": 1}
+_DIGITS: dict[str, Any] = {
+    "dataset": "digits",
+    "model": "mlp",
+    "worker_batch_size": 4,
+    "learning_rate": 0.5,
+    "warmup_epochs": 0.0,
+}
+_CIFAR: dict[str, Any] = {
+    "dataset": "cifar10",
+    "augment": True,
+    "num_train": 5000,
+    "num_validation": 2000,
+    "model": "resnet20",
+    "model_options": {"stage_sizes": (1, 1, 1)},
+    "width": 0.25,
+    "num_workers": 16,
+    "worker_batch_size": 16,
+    "learning_rate": 0.6,
+    "warmup_epochs": 1.0,
+}
+PRESETS = {
+    "smoke": _preset((0, 1), **_SMALL, **_DIGITS, epochs=3),
+    "cpu": _preset((0, 1), **_SMALL, **_CIFAR, epochs=15),
+    "paper": _preset((0,), ramp_from=0.1),
+}
+
+
+def run(config: ConfigDict, work: Path) -> list[Record]:
+    """Returns the curves of every arm and seed, with the arm's name."""
+    arms = take_arms(imagenet_resnet50.get_config, _ARMS, _FIELDS)
+    for arm in arms.values():
+        if arm["delay"]:
+            arm["delay"] = config.train.num_workers - 1
+        if config.ramp_from:
+            peak = effective_learning_rate(point_config(config.train, arm))
+            arm["warmup_from"] = float(f"{config.ramp_from / peak:.6g}")
+    points = run_points(arms.values(), config.seeds)
+    records = sweep(config.train, points, work=work / "resnet_arms")
+    return with_chance(with_arm(records, arms), config.train)
+
+
+def errors_of(records: pd.DataFrame, arm: str) -> np.ndarray:
+    """Returns an arm's final validation error, of every seed: a mean over the last two epochs."""
+    return final_errors(select(records, arm=arm), last_epoch(records), rows=2)
+
+
+def delay_of(records: pd.DataFrame) -> int:
+    """Returns the delay of A-SGD."""
+    return int(records.delay.max())
+
+
+def claims(records: pd.DataFrame) -> list[Claim]:
     """Checks the order of the arms."""
     error = {
         arm: errors_of(records, arm).mean() for arm in (SSGD, STANDARD, DAMPED, NONE, SHIFTED, SQRT)
@@ -62,7 +151,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
     ]
 
 
-def plot(records: Sequence[Record]) -> Any:
+def plot(records: pd.DataFrame) -> Any:
     """Returns the figure: error against epochs, a panel for each kind of momentum."""
     last = last_epoch(records)
     epochs = range(1, last + 1)
@@ -73,7 +162,7 @@ def plot(records: Sequence[Record]) -> Any:
     )
     figure, axes = style.new_figure(len(panels), width=4.8, height=4.2)
     figure.suptitle(
-        f"A-SGD, delay {resnet_arms.delay_of(records)}, learning rate / τ, against S-SGD",
+        f"A-SGD, delay {delay_of(records)}, learning rate / τ, against S-SGD",
         fontsize=14,
     )
     for axis, (title, arms) in zip(axes, panels, strict=True):
@@ -81,10 +170,8 @@ def plot(records: Sequence[Record]) -> Any:
             rows = select(records, arm=arm)
             final = 100 * errors_of(records, arm).mean()
             note = ", diverges" if did_diverge(rows) else ""
-            curve = over_seeds(rows, epochs, "validation_error")
-            plot_curve(axis, curve, color=colour, label=f"{arm}: {final:.1f} %{note}")
-            train = over_seeds(rows, epochs, "train_error")
-            axis.plot(train.epochs, 100 * train.mean, color=colour, linestyle="--", linewidth=1)
+            label = f"{arm}: {final:.1f} %{note}"
+            plot_both_errors(axis, rows, epochs, label=label, color=colour)
         axis.set_title(title)
         axis.set(xlabel="epoch")
         axis.legend(fontsize=9, loc="upper right")

@@ -1,13 +1,14 @@
 """Figure 6: the stable learning rate falls as one over the delay (eq. 5), without momentum."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import pandas as pd
+
+from asgd_jax.training.folder.table import Record
 from experiments import style
 from experiments.claims import Claim, at_most, near
 from experiments.figures import threshold_curves as curves
-from experiments.figures.threshold_curves import Record
 
 CAPTION = (
     "To keep a minimum stable, the learning rate must be inversely proportional to the delay: "
@@ -40,18 +41,18 @@ def run(config: Config) -> list[Record]:
     ]
 
 
-def claims(records: Sequence[Record]) -> list[Claim]:
+def claims(records: pd.DataFrame) -> list[Claim]:
     """Checks the line, its slope, its accuracy, and what doubling the delay does."""
     line = curves.fit_series(records, _EXACT)
-    threshold = {int(record["delay"]): float(record["threshold"]) for record in records}
-    largest = max(threshold)
+    threshold, error = records.set_index("delay").threshold, _error(records)
+    largest = int(records.delay.max())
     return [
         curves.root_claim(records),
         curves.linear_claim(records, _EXACT),
         near("the slope of 1/h* is 2/pi", line.slope, 2 / math.pi, 0.01),
         at_most(
             f"from tau = {_ACCURATE_FROM} on the line (2 tau + 1)/pi is exact to 1 %, worst error",
-            max(_error(record) for record in records if int(record["delay"]) >= _ACCURATE_FROM),
+            error[records.delay >= _ACCURATE_FROM].max(),
             0.01,
         ),
         near(
@@ -63,7 +64,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
     ]
 
 
-def plot(records: Sequence[Record]) -> Any:
+def plot(records: pd.DataFrame) -> Any:
     """Returns the figure: 1/h* against the delay, and the error of the straight line."""
     figure, (left, right) = style.new_figure(2, width=6, height=4.4)
     figure.suptitle("Stable learning rates are inversely proportional to the delay", fontsize=14)
@@ -90,7 +91,7 @@ def plot(records: Sequence[Record]) -> Any:
     )
     right.plot(
         delays,
-        [100 * _error(record) for record in records],
+        100 * _error(records),
         color=style.ORANGE,
         marker="o",
         markersize=4,
@@ -104,5 +105,5 @@ def plot(records: Sequence[Record]) -> Any:
     return figure
 
 
-def _error(record: Record) -> float:
-    return abs(float(record["approximate_inverse"]) / float(record["inverse_threshold"]) - 1.0)
+def _error(records: pd.DataFrame) -> pd.Series:
+    return (records.approximate_inverse / records.inverse_threshold - 1.0).abs()

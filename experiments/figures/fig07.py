@@ -5,15 +5,16 @@ mean square is 0.2 % below it, at every other b above.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from asgd_jax import delays
+from asgd_jax.training.folder.table import Record
 from experiments import style
 from experiments.claims import Claim, at_least, near
 from experiments.figures import random_delay
 from experiments.figures import threshold_curves as curves
-from experiments.figures.threshold_curves import Record
 
 CAPTION = (
     "For delays uniform on {1, ..., b}, too, the learning rate must be inversely proportional to "
@@ -44,7 +45,7 @@ def run(config: Config) -> list[Record]:
     return [*random_delay.random_delay_records("b", family, means), far]
 
 
-def claims(records: Sequence[Record]) -> list[Claim]:
+def claims(records: pd.DataFrame) -> list[Claim]:
     """Checks the lines, the asymptote and the comparison with constant delays."""
     line = curves.fit_series(records, random_delay.MEAN)
     b, far = (curves.column(records, _FAR, name)[0] for name in ("b", "threshold"))
@@ -59,7 +60,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
             at_least(
                 f"{name}: from b = {_MILDER_FROM} on h* is above that of a constant delay of equal "
                 "mean, least ratio",
-                min(_gains(records, name)),
+                min(random_delay.gains(records, name, "b", _MILDER_FROM)),
                 1.0,
             )
             for name in series
@@ -73,7 +74,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
     ]
 
 
-def plot(records: Sequence[Record]) -> Any:
+def plot(records: pd.DataFrame) -> Any:
     """Returns the figure: 1/h* against the mean delay, and h* over a constant delay's."""
     figure, (left, right) = random_delay.plot_random_delay(
         records,
@@ -91,9 +92,3 @@ def plot(records: Sequence[Record]) -> Any:
         middle, 2 * (2 * middle - 1) / math.pi**2 - 2.2, "2b / π²", color=style.SKY, fontsize=11
     )
     return figure
-
-
-def _gains(records: Sequence[Record], series: str) -> list[float]:
-    """h* over a constant delay's, from `_MILDER_FROM` on."""
-    values, gains = (curves.column(records, series, name) for name in ("b", "gain"))
-    return [gain for b, gain in zip(values, gains, strict=True) if b >= _MILDER_FROM]

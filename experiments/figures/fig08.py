@@ -6,15 +6,16 @@ axis here is that mean.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from asgd_jax import delays
+from asgd_jax.training.folder.table import Record
 from experiments import style
 from experiments.claims import Claim, at_most, near
 from experiments.figures import random_delay
 from experiments.figures import threshold_curves as curves
-from experiments.figures.threshold_curves import Record
 
 CAPTION = (
     "For Gaussian delays, too, the learning rate must be inversely proportional to the mean delay."
@@ -41,7 +42,7 @@ def run(config: Config) -> list[Record]:
     )
 
 
-def claims(records: Sequence[Record]) -> list[Claim]:
+def claims(records: pd.DataFrame) -> list[Claim]:
     """Checks the lines, their slope and the comparison with constant delays."""
     series = random_delay.MEAN, random_delay.MEAN_SQUARE
     line = curves.fit_series(records, random_delay.MEAN)
@@ -53,7 +54,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
         *(
             at_most(
                 f"{name}: from mu = {_ALIKE_FROM} on h* is a constant delay's to 2 %, worst error",
-                max(abs(gain - 1.0) for gain in _gains(records, name)),
+                (random_delay.gains(records, name, "mu", _ALIKE_FROM) - 1.0).abs().max(),
                 0.02,
             )
             for name in series
@@ -61,7 +62,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
     ]
 
 
-def plot(records: Sequence[Record]) -> Any:
+def plot(records: pd.DataFrame) -> Any:
     """Returns the figure: 1/h* against the mean delay, and h* over a constant delay's."""
     figure, (_, right) = random_delay.plot_random_delay(
         records,
@@ -73,9 +74,3 @@ def plot(records: Sequence[Record]) -> Any:
     right.axhspan(0.98, 1.02, color=style.BLACK, alpha=0.12, linewidth=0)
     right.text(20, 0.984, "± 2 %", fontsize=11)
     return figure
-
-
-def _gains(records: Sequence[Record], series: str) -> list[float]:
-    """The gains from `_ALIKE_FROM` on."""
-    means, gains = (curves.column(records, series, name) for name in ("mu", "gain"))
-    return [gain for mu, gain in zip(means, gains, strict=True) if mu >= _ALIKE_FROM]

@@ -6,14 +6,15 @@ tau = m / (1 - m) the curves bend a little: there the momentum remembers longer 
 """
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import pandas as pd
+
+from asgd_jax.training.folder.table import Record
 from experiments import style
 from experiments.claims import Claim, at_least, near
 from experiments.figures import threshold_curves as curves
-from experiments.figures.threshold_curves import Record
 
 CAPTION = (
     "With standard momentum, too, the learning rate must be inversely proportional to the delay: "
@@ -59,9 +60,9 @@ def run(config: Config) -> list[Record]:
     ]
 
 
-def claims(records: Sequence[Record]) -> list[Claim]:
+def claims(records: pd.DataFrame) -> list[Claim]:
     """Checks the lines and their slopes over the plotted delays, the asymptotes far beyond."""
-    momenta = _momenta(records)
+    momenta = curves.momenta(records)
     names = [_name(damping, momentum) for damping in _TITLES for momentum in momenta]
     checked = [curves.root_claim(records), curves.linear_claim(records, *names)]
     for damping in _TITLES:
@@ -79,14 +80,14 @@ def claims(records: Sequence[Record]) -> list[Claim]:
     return [*checked, near(text, _extra_delay(records, m), m / (1.0 - m), 0.02)]
 
 
-def plot(records: Sequence[Record]) -> Any:
+def plot(records: pd.DataFrame) -> Any:
     """Returns the figure: 1/h* against the delay for each m, a panel damped, a panel undamped."""
     figure, axes = style.new_figure(2, width=6, height=4.4)
     figure.suptitle(
         "With momentum m, 1/h* is still linear in the delay, with a higher slope", fontsize=14
     )
     for axis, (damping, title) in zip(axes, _TITLES.items(), strict=True):
-        for momentum, color in zip(_momenta(records), style.COLOURS, strict=False):
+        for momentum, color in zip(curves.momenta(records), style.COLOURS, strict=False):
             label = f"m = {momentum:g}"
             curves.plot_series(axis, records, _name(damping, momentum), color=color, label=label)
         curves.finish(axis, title, curves.DELAY_LABEL, curves.INVERSE_LABEL)
@@ -98,11 +99,7 @@ def _name(damping: str, momentum: float, far: bool = False) -> str:
     return f"{damping} m={momentum:g}" + (" far" if far else "")
 
 
-def _momenta(records: Sequence[Record]) -> list[float]:
-    return sorted({float(record["momentum"]) for record in records})
-
-
-def _extra_delay(records: Sequence[Record], momentum: float) -> float:
+def _extra_delay(records: pd.DataFrame, momentum: float) -> float:
     """Beyond tau, at the largest delay: (2 (tau + extra) + 1) / pi is the damped 1/h*."""
     delay, inverse = (
         curves.column(records, _name("damped", momentum, far=True), name)[-1]

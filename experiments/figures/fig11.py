@@ -5,81 +5,79 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from ml_collections import ConfigDict
 
-from asgd_jax.training import default_config
 from asgd_jax.training.folder.table import Record
 from asgd_jax.training.sweep import sweep
+from configs import cifar10_resnet44
 from experiments import style
 from experiments.claims import Claim, at_least, at_most
-from experiments.figures.training_runs import run_points, select, with_arm
+from experiments.figures.training_runs import (
+    did_diverge,
+    run_points,
+    select,
+    take_arms,
+    with_arm,
+    with_overrides,
+)
 
 CAPTION = (
     "After many epochs at a constant learning rate the training error under delay shows spikes, "
     "with momentum and without; shifted momentum removes them."
 )
 PROXY = "a ResNet-8 of half width on 1,000 images of CIFAR-10 in the place of ResNet-44 on all"
-DELAY = 31
+DELAY = int(cifar10_resnet44.get_config("shifted").delay)
 
 STANDARD, NONE, SHIFTED = "standard momentum", "no momentum", "shifted momentum"
 _COLOURS = {STANDARD: style.RED, NONE: style.ORANGE, SHIFTED: style.BLUE}
-_MOMENTUM: dict[str, Any] = {"momentum": 0.9, "momentum_kind": "heavy_ball", "dampening": False}
-ARMS: dict[str, dict[str, Any]] = {
-    STANDARD: _MOMENTUM,
-    NONE: _MOMENTUM | {"momentum": 0.0},
-    SHIFTED: _MOMENTUM | {"momentum_kind": "shifted", "dampening": True},
-}
+_ARMS = take_arms(
+    cifar10_resnet44.get_config,
+    {STANDARD: "standard", NONE: "no_momentum", SHIFTED: "shifted"},
+    ("momentum", "momentum_kind", "dampening"),
+)
 
 _WINDOW = 5  # epochs on each side, whose median an epoch is compared with
 _FACTOR = 2.0  # a spike is an epoch above so many times that median ...
 _LEAST = 0.02  # ... and at least so much of error above it
 
 
-def _config(seeds: Sequence[int], **training: Any) -> ConfigDict:
-    train = default_config()
-    train.dataset, train.model, train.augment = "cifar10", "resnet44", True
-    train.num_workers, train.worker_batch_size, train.delay = DELAY + 1, 128, DELAY
-    train.learning_rate, train.learning_rate_rule = 3.1, "inverse"
-    train.num_devices = 1
-    train.update(training)
-    config = ConfigDict()
-    config.train = train
-    config.seeds = tuple(seeds)
-    return config
+def _preset(seeds: Sequence[int], **overrides: Any) -> ConfigDict:
+    train = with_overrides(cifar10_resnet44.get_config("no_momentum"), **overrides)
+    return ConfigDict({"train": train, "seeds": tuple(seeds)})
 
 
+_DIGITS: dict[str, Any] = {
+    "dataset": "digits",
+    "model": "mlp",
+    "model_options": {},
+    "augment": False,
+    "num_train": 256,
+    "worker_batch_size": 8,
+    "num_devices": 1,
+}
+_CIFAR: dict[str, Any] = {
+    "model": "resnet20",
+    "model_options": {"stage_sizes": (1, 1, 1), "zero_init_residual": True},
+    "width": 0.5,
+    "num_train": 1000,
+    "num_validation": 500,
+    "worker_batch_size": 32,
+    "augment": False,
+    "num_devices": 1,
+}
 PRESETS = {
-    "smoke": _config(
-        (0,),
-        dataset="digits",
-        model="mlp",
-        augment=False,
-        num_train=256,
-        worker_batch_size=8,
-        epochs=4,
-    ),
-    "cpu": _config(
-        (0,),
-        model="resnet20",
-        model_options={"stage_sizes": (1, 1, 1), "zero_init_residual": True},
-        width=0.5,
-        num_train=1000,
-        num_validation=500,
-        worker_batch_size=32,
-        augment=False,
-        epochs=120,
-    ),
-    "paper": _config(
-        range(3), model_options={"zero_init_residual": True}, epochs=200, num_devices=None
-    ),
+    "smoke": _preset((0,), **_DIGITS, epochs=4),
+    "cpu": _preset((0,), **_CIFAR, epochs=120),
+    "paper": _preset(range(3)),
 }
 
 
 def run(config: ConfigDict, work: Path) -> list[Record]:
     """Returns the curves of every arm and seed, with the arm's name."""
-    points = run_points(ARMS, config.seeds)
+    points = run_points(_ARMS.values(), config.seeds)
     records = sweep(config.train, points, work=work / "resnet_constant_rate")
-    return with_arm(records, ARMS)
+    return with_arm(records, _ARMS)
 
 
 def count_spikes(errors: np.ndarray) -> int:
@@ -101,13 +99,13 @@ def count_spikes(errors: np.ndarray) -> int:
     return int(np.sum(np.diff(np.array([False, *spikes]).astype(int)) == 1))
 
 
-def claims(records: Sequence[Record]) -> list[Claim]:
+def claims(records: pd.DataFrame) -> list[Claim]:
     """Counts spikes, summed over seeds."""
-    spikes = {arm: sum(count_spikes(errors) for errors in _errors(records, arm)) for arm in ARMS}
+    spikes = {arm: sum(count_spikes(errors) for errors in _errors(records, arm)) for arm in _ARMS}
     return [
         at_most(
             "training error of the best arm at the end (spikes show where it is low)",
-            min(float(errors[-1]) for arm in ARMS for errors in _errors(records, arm)),
+            min(float(errors[-1]) for arm in _ARMS for errors in _errors(records, arm)),
             0.2,
         ),
         at_least(f"spikes with {STANDARD}", spikes[STANDARD], 1),
@@ -119,25 +117,24 @@ def claims(records: Sequence[Record]) -> list[Claim]:
     ]
 
 
-def plot(records: Sequence[Record]) -> Any:
+def plot(records: pd.DataFrame) -> Any:
     """Returns the figure: training error against epochs, a panel an arm."""
-    figure, axes = style.new_figure(len(ARMS), width=4.6, height=4)
+    figure, axes = style.new_figure(len(_ARMS), width=4.6, height=4)
     figure.suptitle(f"Training error at a constant learning rate, delay {DELAY}", fontsize=14)
-    for axis, arm in zip(axes, ARMS, strict=True):
+    for axis, arm in zip(axes, _ARMS, strict=True):
         runs = _errors(records, arm)
         for errors in runs:
             epochs = np.arange(1, len(errors) + 1)
             axis.plot(epochs, 100 * errors, color=_COLOURS[arm], linewidth=1.2)
         spikes = sum(count_spikes(errors) for errors in runs)
-        diverged = any(row["diverged_at"] >= 0 for row in select(records, arm=arm))
+        diverged = did_diverge(select(records, arm=arm))
         axis.set_title(f"{arm}: {spikes} spikes" + (", diverges" if diverged else ""))
         axis.set(xlabel="epoch", yscale="log")
     axes[0].set_ylabel("training error (%)")
     return figure
 
 
-def _errors(records: Sequence[Record], arm: str) -> list[np.ndarray]:
+def _errors(records: pd.DataFrame, arm: str) -> list[np.ndarray]:
     """The training error of every epoch, an array a seed."""
     rows = select(records, arm=arm)
-    seeds = sorted({row["seed"] for row in rows})
-    return [np.array([float(row["train_error"]) for row in select(rows, seed=s)]) for s in seeds]
+    return [run.train_error.to_numpy() for _, run in rows.groupby("seed")]

@@ -1,26 +1,25 @@
 """Figure 13: the learning rate that is best in the end is best throughout training."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from asgd_jax.training.folder.table import Record
 from experiments import style
 from experiments.claims import Claim, at_most
-from experiments.figures import mnist_rates
-from experiments.figures.mnist_rates import DELAY, rates_of
-from experiments.figures.training_runs import last_epoch, over_seeds, select
+from experiments.figures import fig01
+from experiments.figures.fig01 import DELAY, rates_of
+from experiments.figures.training_runs import by_seed, last_epoch, select
 
 CAPTION = (
     "The best learning rate under delay, the one of the scaling rule (eq. 8), is the best "
     "at every epoch, also before the algorithm has converged."
 )
-PRESETS = mnist_rates.PRESETS
-run = mnist_rates.run
+PRESETS = fig01.PRESETS
+run = fig01.run
 
 
-def claims(records: Sequence[Record]) -> list[Claim]:
+def claims(records: pd.DataFrame) -> list[Claim]:
     """Checks the best rate at every epoch shown, against eq. 8's."""
     epochs, rates, errors = _table(records)
     eq_8 = rates[-1] / DELAY
@@ -36,7 +35,7 @@ def claims(records: Sequence[Record]) -> list[Claim]:
     ]
 
 
-def plot(records: Sequence[Record]) -> Any:
+def plot(records: pd.DataFrame) -> Any:
     """Returns the figure: validation error against the learning rate, a line an epoch."""
     epochs, rates, errors = _table(records)
     figure, (axis,) = style.new_figure(1, width=7, height=4.8)
@@ -55,13 +54,11 @@ def plot(records: Sequence[Record]) -> Any:
     return figure
 
 
-def _table(records: Sequence[Record]) -> tuple[list[int], np.ndarray, np.ndarray]:
+def _table(records: pd.DataFrame) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Up to six epochs, all rates, and the mean error over seeds (rate, epoch)."""
     last = last_epoch(records)
     epochs = sorted({round(epoch) for epoch in np.linspace(1, last, min(last, 6))})
     rates = np.array(rates_of(records))
-    curves = [
-        over_seeds(select(records, delay=DELAY, learning_rate=rate), epochs, "validation_error")
-        for rate in rates
-    ]
-    return epochs, rates, np.stack([curve.mean for curve in curves])
+    arms = [select(records, delay=DELAY, learning_rate=rate) for rate in rates]
+    errors = [by_seed(rows, epochs, "validation_error").mean(axis=0) for rows in arms]
+    return epochs, rates, np.stack(errors)

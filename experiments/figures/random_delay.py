@@ -4,12 +4,14 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pandas as pd
+
 from asgd_jax.delays import DelayProcess
 from asgd_jax.stability.arguments import Criterion, Delay
+from asgd_jax.training.folder.table import Record
 from experiments import style
 from experiments.claims import Claim, at_most
 from experiments.figures import threshold_curves as curves
-from experiments.figures.threshold_curves import Record
 
 MEAN, MEAN_SQUARE, CONSTANT = "mean", "mean square", "constant"
 
@@ -48,15 +50,20 @@ def random_delay_records(
     ]
 
 
-def stricter_claim(records: Sequence[Record]) -> Claim:
+def stricter_claim(records: pd.DataFrame) -> Claim:
     """The claim that E[x^2] diverges no later than E[x]."""
     mean, square = (curves.column(records, s, "threshold") for s in (MEAN, MEAN_SQUARE))
     ratio = max(second / first for first, second in zip(mean, square, strict=True))
     return at_most("h* in mean square is never above h* in the mean, largest ratio", ratio, 1.0)
 
 
+def gains(records: pd.DataFrame, series: str, parameter: str, least: int) -> pd.Series:
+    """Returns the gains of a series where `parameter` is `least` or more."""
+    return records[(records.series == series) & (records[parameter] >= least)].gain
+
+
 def plot_random_delay(
-    records: Sequence[Record], title: str, left_title: str, right_title: str, x_label: str
+    records: pd.DataFrame, title: str, left_title: str, right_title: str, x_label: str
 ) -> tuple[Any, list[Any]]:
     """Returns (figure, [axes]): 1/h* and the gain against the mean delay, three curves each."""
     figure, (left, right) = style.new_figure(2, width=6, height=4.4)

@@ -4,18 +4,17 @@ h* is the largest stable h = learning rate x sharpness. A learning rate that mus
 proportional to the delay shows as a straight line of 1/h* against the delay.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import isotonic_regression
+import pandas as pd
 
 from asgd_jax.stability import max_learning_rate, spectral_radius
-from asgd_jax.stability.arguments import Criterion, Delay, Kind
+from asgd_jax.stability.arguments import Delay
 from asgd_jax.stability.rules import mean_delay
+from asgd_jax.training.folder.table import Record
+from experiments import style
 from experiments.claims import Claim, Line, at_least, at_most, fit_line
-
-Record = dict[str, float | int | str]
 
 INVERSE_LABEL = "1 / h*\n(h*: largest stable learning rate × sharpness)"
 DELAY_LABEL = "delay τ (updates)"
@@ -24,16 +23,8 @@ _LINEAR = 0.995  # the least share of the variance that a straight line must exp
 _LABEL_GAP = 0.065  # least distance between the labels of lines, of the height of the axis
 
 
-def threshold_record(
-    series: str,
-    delay: Delay,
-    *,
-    momentum: float = 0.0,
-    kind: Kind = "heavy_ball",
-    dampening: bool = True,
-    criterion: Criterion = "mean",
-) -> Record:
-    """Returns one row: a series' threshold at a delay.
+def threshold_record(series: str, delay: Delay, **method: Any) -> Record:
+    """Returns one row: a series' threshold at a delay; `method` as in `max_learning_rate`.
 
     `largest_root` is the modulus of the largest characteristic root at the threshold, or, in mean
     square, the growth of the root mean square; neither is computed on the way to the threshold, and
@@ -43,17 +34,8 @@ def threshold_record(
     {'series': 'no momentum', 'mean_delay': 0.0, 'threshold': 2.0, 'inverse_threshold': 0.5,
      'largest_root': 1.0}
     """
-    threshold = max_learning_rate(
-        delay, momentum=momentum, kind=kind, dampening=dampening, criterion=criterion
-    )
-    radius = spectral_radius(
-        delay,
-        step=threshold,
-        momentum=momentum,
-        kind=kind,
-        dampening=dampening,
-        criterion=criterion,
-    )
+    threshold = max_learning_rate(delay, **method)
+    radius = spectral_radius(delay, step=threshold, **method)
     return {
         "series": series,
         "mean_delay": mean_delay(delay),
@@ -63,34 +45,39 @@ def threshold_record(
     }
 
 
-def column(records: Sequence[Record], series: str, name: str) -> list[float]:
+def column(records: pd.DataFrame, series: str, name: str) -> list[float]:
     """Returns a column of one series.
 
-    >>> column([{"series": "a", "x": 5}, {"series": "b", "x": 6}], "a", "x")
+    >>> column(pd.DataFrame({"series": ["a", "b"], "x": [5, 6]}), "a", "x")
     [5.0]
     """
-    return [float(record[name]) for record in records if record["series"] == series]
+    return records.loc[records.series == series, name].astype(float).tolist()
 
 
-def fit_series(records: Sequence[Record], series: str) -> Line:
+def momenta(records: pd.DataFrame) -> list[float]:
+    """Returns the momenta of a table, in order."""
+    return sorted(float(momentum) for momentum in records.momentum.unique())
+
+
+def fit_series(records: pd.DataFrame, series: str) -> Line:
     """Returns the least-squares line of 1/h* against the mean delay."""
     delays = column(records, series, "mean_delay")
     return fit_line(delays, column(records, series, "inverse_threshold"))
 
 
-def root_claim(records: Sequence[Record]) -> Claim:
+def root_claim(records: pd.DataFrame) -> Claim:
     """The claim that every threshold is one: at h*, the largest root lies on the unit circle."""
-    worst = max(abs(float(record["largest_root"]) - 1.0) for record in records)
+    worst = np.max(np.abs(records.largest_root.to_numpy() - 1.0))  # a NaN stays one
     return at_most("at h* the largest root is on the unit circle, worst distance", worst, _ROUNDING)
 
 
-def linear_claim(records: Sequence[Record], *series: str) -> Claim:
+def linear_claim(records: pd.DataFrame, *series: str) -> Claim:
     """The claim that 1/h* is linear in the mean delay, in the worst of these series (R^2)."""
     worst = min(fit_series(records, name).r_squared for name in series)
     return at_least("1/h* is linear in the delay, R^2 of the worst series", worst, _LINEAR)
 
 
-def plot_series(axis: Any, records: Sequence[Record], series: str, **look: Any) -> None:
+def plot_series(axis: Any, records: pd.DataFrame, series: str, **look: Any) -> None:
     """Draws 1/h* against the mean delay; `label` in `look` is written by `finish`."""
     delays = column(records, series, "mean_delay")
     inverse = column(records, series, "inverse_threshold")
@@ -111,25 +98,7 @@ def finish(axis: Any, title: str, x_label: str, y_label: str, *, left: float = 0
     labelled.sort(key=lambda line: line.get_ydata()[-1])
     low, high = axis.get_ylim()
     ends = [float(line.get_ydata()[-1]) for line in labelled]
-    for line, height in zip(labelled, spread(ends, _LABEL_GAP * (high - low)), strict=True):
-        axis.annotate(
-            line.get_label(),
-            (1.0, height),
-            (5, 0),
-            xycoords=axis.get_yaxis_transform(),
-            textcoords="offset points",
-            color=line.get_color(),
-            fontsize=11,
-            va="center",
-        )
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Moves sorted heights as little as possible, in least squares, to be `gap` or more apart.
-
-    >>> spread([0.0, 5.0, 5.0], 2.0)
-    [0.0, 4.0, 6.0]
-    """
-    steps = gap * np.arange(len(heights))
-    moved = isotonic_regression(np.asarray(heights, np.float64) - steps).x + steps
-    return [float(height) for height in moved]
+    for line, height in zip(
+        labelled, style.move_apart(ends, _LABEL_GAP * (high - low)), strict=True
+    ):
+        style.name_line(axis, line.get_label(), (1.0, height), line.get_color())

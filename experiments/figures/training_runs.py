@@ -1,9 +1,10 @@
 """What the figures of training runs share: curves over seeds from flat records, and their lines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from ml_collections import ConfigDict
 
 from asgd_jax.training.folder.table import Record
@@ -11,35 +12,57 @@ from asgd_jax.training.plan import num_classes
 from experiments.claims import deviation
 
 _TEN_CLASSES = 0.9  # error of a guess: of tables that are older than their column chance_error
+_ERRORS = ("validation_error", "train_error")
 
 
-class Curve(NamedTuple):
-    """A column over epochs, all seeds together; float64 arrays of shape (num_epochs,).
+class Band(NamedTuple):
+    """A mean over seeds and how far they are from it; arrays of shape (n,).
 
     Attributes:
-      epochs: whole numbers.
       mean: over the seeds.
       std: standard deviation over the seeds, NaN for one seed.
       low, high: one standard deviation below and above the mean, within what the seeds gave: of
         one seed there is no band.
     """
 
-    epochs: np.ndarray
     mean: np.ndarray
     std: np.ndarray
     low: np.ndarray
     high: np.ndarray
 
 
-def select(records: Sequence[Record], **fields: Any) -> list[Record]:
+def with_overrides(config: ConfigDict, **fields: Any) -> ConfigDict:
+    """Returns the configuration with these fields in the place of its own.
+
+    Unlike `ConfigDict.update` it replaces the options of a model as a whole.
+    """
+    if "model_options" in fields:
+        config.model_options = ConfigDict(convert_dict=True)
+    config.update(fields)
+    return config
+
+
+def take_arms(
+    get_config: Callable[[str], ConfigDict], arms: Mapping[str, str], fields: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Returns the values that a recipe's arms give these fields.
+
+    Args:
+      get_config: of a module of `configs`.
+      arms: what a figure calls an arm -> what the recipe calls it.
+      fields: in which the arms differ.
+    """
+    configs = {name: get_config(arm) for name, arm in arms.items()}
+    return {name: {field: each[field] for field in fields} for name, each in configs.items()}
+
+
+def select(records: pd.DataFrame, **fields: Any) -> pd.DataFrame:
     """Returns the records that have these values.
 
-    >>> select([{"delay": 0, "x": 1}, {"delay": 3, "x": 2}], delay=3)
-    [{'delay': 3, 'x': 2}]
+    >>> select(pd.DataFrame({"delay": [0, 3], "x": [1, 2]}), delay=3).x.tolist()
+    [2]
     """
-    return [
-        record for record in records if all(record[name] == value for name, value in fields.items())
-    ]
+    return records[np.all([records[name] == value for name, value in fields.items()], axis=0)]
 
 
 def with_chance(records: Sequence[Record], config: ConfigDict) -> list[Record]:
@@ -48,19 +71,17 @@ def with_chance(records: Sequence[Record], config: ConfigDict) -> list[Record]:
     return [{**record, "chance_error": chance} for record in records]
 
 
-def chance_error(records: Sequence[Record]) -> float:
+def chance_error(records: pd.DataFrame) -> float:
     """Returns the error of a guess, which a diverged run is given.
 
-    >>> chance_error([{"chance_error": 0.999}])
+    >>> chance_error(pd.DataFrame({"chance_error": [0.999]}))
     0.999
     """
-    return float(records[0].get("chance_error", _TEN_CLASSES))
+    return float(records.chance_error.iloc[0]) if "chance_error" in records else _TEN_CLASSES
 
 
-def by_seed(
-    records: Sequence[Record], epochs: Sequence[float], column: str
-) -> dict[int, np.ndarray]:
-    """Returns a column of every seed at the given epochs.
+def by_seed(records: pd.DataFrame, epochs: Sequence[float], column: str) -> np.ndarray:
+    """Returns a column at the given epochs, shape (num_seeds, num_epochs).
 
     A run that diverged has chance's error from then on, and NaN in other columns.
 
@@ -69,66 +90,61 @@ def by_seed(
       epochs: whole ones, increasing.
       column: its name.
     """
-    seeds: dict[int, dict[float, float]] = {}
-    for record in records:
-        rows = seeds.setdefault(int(record["seed"]), {})
-        if int(record["diverged_at"]) < 0:
-            rows[float(record["epoch"])] = float(record[column])
-    is_error = column in ("validation_error", "train_error")
-    missing = chance_error(records) if is_error else np.nan
-    return {
-        seed: np.array([rows.get(float(epoch), missing) for epoch in epochs])
-        for seed, rows in seeds.items()
-    }
+    alive = records[records.diverged_at < 0].set_index(["seed", "epoch"])[column].astype(float)
+    wanted = pd.MultiIndex.from_product([records.seed.unique(), epochs])
+    missing = chance_error(records) if column in _ERRORS else np.nan
+    return alive.reindex(wanted, fill_value=missing).to_numpy().reshape(-1, len(epochs))
 
 
-def over_seeds(records: Sequence[Record], epochs: Sequence[float], column: str) -> Curve:
-    """Returns the mean over seeds and its spread."""
-    values = np.stack(list(by_seed(records, epochs, column).values()))
+def over_seeds(values: np.ndarray) -> Band:
+    """Returns the mean over seeds, the first axis, and its spread."""
     std, mean = deviation(values), values.mean(axis=0)
     low, high = np.fmax(mean - std, values.min(axis=0)), np.fmin(mean + std, values.max(axis=0))
-    return Curve(np.asarray(epochs, np.float64), mean, std, low, high)
+    return Band(mean, std, low, high)
 
 
 def final_errors(
-    records: Sequence[Record], last_epoch: float, column: str = "validation_error", rows: int = 1
+    records: pd.DataFrame, last_epoch: float, column: str = "validation_error", rows: int = 1
 ) -> np.ndarray:
     """Returns each seed's error, averaged over the last `rows` measurements of the run."""
-    epochs = sorted({float(r["epoch"]) for r in records if int(r["diverged_at"]) < 0})[-rows:]
+    epochs = sorted(records[records.diverged_at < 0].epoch.unique())[-rows:]
     epochs = epochs if epochs and epochs[-1] == last_epoch else [last_epoch]
-    return np.array([v.mean() for v in by_seed(records, epochs, column).values()])
+    return by_seed(records, epochs, column).mean(axis=1)
 
 
-def last_epoch(records: Sequence[Record]) -> int:
+def last_epoch(records: pd.DataFrame) -> int:
     """Returns the last epoch that was run."""
-    return int(max(float(record["epoch"]) for record in records))
+    return int(records.epoch.max())
 
 
-def did_diverge(records: Sequence[Record]) -> bool:
+def did_diverge(records: pd.DataFrame) -> bool:
     """Whether any of the runs diverged."""
-    return any(int(record["diverged_at"]) >= 0 for record in records)
+    return bool((records.diverged_at >= 0).any())
 
 
-def plot_curve(axis: Any, curve: Curve, *, scale: float = 100.0, **look: Any) -> None:
-    """Draws a mean and a band of one standard deviation; errors in percent by default."""
-    (line,) = axis.plot(curve.epochs, scale * curve.mean, **look)
-    band = scale * curve.low, scale * curve.high
-    axis.fill_between(curve.epochs, *band, color=line.get_color(), alpha=0.2, linewidth=0)
+def plot_curve(axis: Any, records: pd.DataFrame, epochs: Sequence[float], **look: Any) -> None:
+    """Draws the mean validation error of an arm in percent, in a band of a standard deviation."""
+    band = over_seeds(100 * by_seed(records, epochs, "validation_error"))
+    (line,) = axis.plot(epochs, band.mean, **look)
+    axis.fill_between(epochs, band.low, band.high, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def run_points(arms: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Returns a sweep's points: every arm with every seed, all with the same fields.
+def plot_both_errors(
+    axis: Any, records: pd.DataFrame, epochs: Sequence[float], *, label: str, color: str
+) -> None:
+    """Draws the validation error of an arm, and dashed its training error."""
+    plot_curve(axis, records, epochs, label=label, color=color)
+    train = by_seed(records, epochs, "train_error").mean(axis=0)
+    axis.plot(epochs, 100 * train, color=color, linestyle="--", linewidth=1)
 
-    Raises:
-      ValueError: when an arm names other fields than the first.
 
-    >>> run_points({"a": {"delay": 0}, "b": {"delay": 3}}, [0])
+def run_points(arms: Iterable[Mapping[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Returns a sweep's points: every arm with every seed.
+
+    >>> run_points([{"delay": 0}, {"delay": 3}], [0])
     [{'delay': 0, 'seed': 0}, {'delay': 3, 'seed': 0}]
     """
-    fields = {tuple(sorted(arm)) for arm in arms.values()}
-    if len(fields) > 1:
-        raise ValueError(f"arms must name the same fields, got {sorted(fields)}")
-    return [{**arm, "seed": seed} for arm in arms.values() for seed in seeds]
+    return [{**arm, "seed": seed} for arm in arms for seed in seeds]
 
 
 def with_arm(records: Sequence[Record], arms: Mapping[str, Mapping[str, Any]]) -> list[Record]:
@@ -137,12 +153,9 @@ def with_arm(records: Sequence[Record], arms: Mapping[str, Mapping[str, Any]]) -
     >>> with_arm([{"delay": 0, "seed": 1}], {"a": {"delay": 0}, "b": {"delay": 3}})
     [{'arm': 'a', 'delay': 0, 'seed': 1}]
     """
-    named = []
-    for record in records:
-        (arm,) = (
-            arm
-            for arm, fields in arms.items()
-            if all(record[name] == value for name, value in fields.items())
-        )
-        named.append({"arm": arm, **record})
-    return named
+    return [
+        {"arm": name, **record}
+        for record in records
+        for name, arm in arms.items()
+        if arm.items() <= record.items()
+    ]

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from benchmarks.report import format_readme, format_table, merge_item, read_report
+from benchmarks.report import format_readme, merge_item, read_report
 from benchmarks.result import Result, Table, goal, result_to_json
 from experiments.claims import at_least, at_most
+from experiments.tables import markdown_table
 
 ORDER = ["first", "second"]
 
@@ -74,7 +75,9 @@ def test_what_is_no_number_becomes_a_dash(tmp_path):
 
 def test_cells_are_short_and_keep_their_column():
     row = {"n": 1234567, "x": 12345.6, "y": 0.00012345, "ok": True, "text": "a|b"}
-    assert format_table([row])[-1] == "| 1,234,567 | 12,346 | 0.0001234 | yes | a\\|b |"
+    assert (
+        markdown_table([row]).splitlines()[-1] == "| 1,234,567 | 12,346 | 0.0001234 | yes | a\\|b |"
+    )
 
 
 def test_a_goal_keeps_its_reason_only_where_it_misses():

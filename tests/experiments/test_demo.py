@@ -14,7 +14,14 @@ from experiments import demo
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(demo, "EPOCHS", 12)
+    recipe = demo.digits.get_config
+
+    def shortened(arm):
+        config = recipe(arm)
+        config.epochs = 12
+        return config
+
+    monkeypatch.setattr(demo.digits, "get_config", shortened)
 
 
 def test_the_demo_shows_the_papers_point(short, tmp_path, capsys):

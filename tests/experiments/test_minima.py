@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import minima
-from experiments.departure import bisect
+from experiments.edges import minimum as minima
+from experiments.edges.fullbatch import bisect, measure_max_learning_rate
 
 TARGET = jnp.array([1.0, -2.0])
 
@@ -75,7 +75,7 @@ def test_find_minimum_says_when_there_is_none(learning_rate, remedy):
     ids=str,
 )
 def test_quadratic_is_measured_to_the_resolution(bowl, delay, method):
-    found = minima.measure_max_learning_rate(
+    found = measure_max_learning_rate(
         bowl, delay, quadratic, [jnp.ones(1)], resolution=0.01, **method
     )
     assert found.lower < found.value < found.upper <= 1.01 * found.lower
@@ -85,7 +85,7 @@ def test_quadratic_is_measured_to_the_resolution(bowl, delay, method):
 def test_batches_take_turns(bowl):
     # Two steps multiply the distance by (1 - 4 eta / 2)(1 - 12 eta / 2): -1 < it < 1 up to 2/3.
     batches = [jnp.array([0.5]), jnp.array([1.5])]
-    found = minima.measure_max_learning_rate(bowl, 0, quadratic, batches)
+    found = measure_max_learning_rate(bowl, 0, quadratic, batches)
     assert found.predicted == pytest.approx(0.5)
     assert found.value == pytest.approx(2.0 / 3.0, rel=0.02)
 
@@ -95,12 +95,12 @@ def test_a_minimum_at_zero_is_left_too():
         return jnp.mean(batch) * jnp.sum(x**2)
 
     zero = minima.Minimum(jnp.zeros(3), 0.0, 0.0, 2.0, jnp.array([0.0, 1.0, 0.0]))
-    found = minima.measure_max_learning_rate(zero, 1, loss_fn, [jnp.ones(1)])
+    found = measure_max_learning_rate(zero, 1, loss_fn, [jnp.ones(1)])
     assert found.value == pytest.approx(0.5, rel=0.02)
 
 
 def test_only_the_loss_tells_when_distances_may_grow(bowl):
-    found = minima.measure_max_learning_rate(
+    found = measure_max_learning_rate(
         bowl, 0, quadratic, [jnp.ones(1)], growth_limit=float("inf"), perturbation=0.01
     )
     assert found.value == pytest.approx(found.predicted, rel=0.02)
@@ -127,13 +127,13 @@ def test_bisect_gives_up(verdict):
 
 def test_bad_arguments(bowl):
     with pytest.raises(ValueError, match="delay must be an integer >= 0, got -1"):
-        minima.measure_max_learning_rate(bowl, -1, quadratic, [jnp.ones(1)])
+        measure_max_learning_rate(bowl, -1, quadratic, [jnp.ones(1)])
     with pytest.raises(ValueError, match="resolution must be a finite number > 0, got 0"):
-        minima.measure_max_learning_rate(bowl, 1, quadratic, [jnp.ones(1)], resolution=0.0)
+        measure_max_learning_rate(bowl, 1, quadratic, [jnp.ones(1)], resolution=0.0)
     with pytest.raises(ValueError, match="there are no batches"):
-        minima.measure_max_learning_rate(bowl, 1, quadratic, [])
+        measure_max_learning_rate(bowl, 1, quadratic, [])
     with pytest.raises(ValueError, match="sharpness must be a finite number > 0"):
-        minima.measure_max_learning_rate(bowl._replace(sharpness=-1.0), 1, quadratic, [0])
+        measure_max_learning_rate(bowl._replace(sharpness=-1.0), 1, quadratic, [0])
 
 
 def test_digits_start_at_a_true_minimum(digits):
@@ -147,7 +147,7 @@ def test_digits_start_at_a_true_minimum(digits):
 @pytest.mark.parametrize("delay", [0, 1, 2, 4, 8, 16])
 def test_digits_leave_where_the_theory_says(digits, delay):
     problem, minimum = digits
-    found = minima.measure_max_learning_rate(minimum, delay, problem.loss_fn, problem.batches)
+    found = measure_max_learning_rate(minimum, delay, problem.loss_fn, problem.batches)
     assert found.value == pytest.approx(found.predicted, rel=0.03)
 
 
@@ -162,5 +162,5 @@ def test_digits_leave_where_the_theory_says(digits, delay):
 )
 def test_digits_leave_where_the_theory_says_with_momentum(digits, method):
     problem, minimum = digits
-    found = minima.measure_max_learning_rate(minimum, 2, problem.loss_fn, problem.batches, **method)
+    found = measure_max_learning_rate(minimum, 2, problem.loss_fn, problem.batches, **method)
     assert found.value == pytest.approx(found.predicted, rel=0.03)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgd_jax import delayed
-from experiments.minima import Problem
+from experiments.edges.minimum import Problem
 from experiments.sharpness_track import make_track, measuring_steps
 
 

@@ -80,6 +80,15 @@ def test_bad_options_are_refused():
         asgd_jax.delayed(optax.sgd(0.1), 2, every=1.5)
 
 
+def test_a_sum_that_overflows_is_skipped_too():
+    params = jnp.ones(2, jnp.float16)
+    for size, due in ((7e4, True), (2e5, False)):  # halved, the first fits into float16
+        kept = init_accumulation(params, 2)._replace(num_accumulated=jnp.int32(1))
+        found, mean, _ = accumulate(jnp.full(2, size), kept, 2, True)
+        assert bool(found) == due
+        assert bool(jnp.isfinite(mean).all()) == due
+
+
 def test_frozen_and_integer_leaves_accumulate_nothing():
     params = {"w": jnp.ones(2), "frozen": jnp.ones(2), "n": jnp.ones(2, jnp.int32)}
     grads = {"w": jnp.full(2, 4.0), "frozen": None, "n": np.zeros(2, jax.dtypes.float0)}

@@ -362,7 +362,7 @@ def test_a_constant_delay_can_be_data():
         jax.vmap(lambda delay: run(delays.constant(delay, max_delay=3)))(jnp.arange(3.0))
 
 
-def test_a_strict_neighbour_costs_shifted_momentum_no_check():
+def test_shifted_momentum_beside_a_strict_neighbour_is_refused():
     params = jnp.zeros(2)
     strict = optax.GradientTransformationExtraArgs(
         lambda params: (), lambda updates, state, params=None: (updates, state)
@@ -370,11 +370,10 @@ def test_a_strict_neighbour_costs_shifted_momentum_no_check():
     tx = asgd_jax.delayed(optax.chain(strict, asgd_jax.shifted_sgd(0.1, 0.9, 4)), 8)
     with pytest.raises(ValueError, match=r"max_delay=4 inside delayed of max_delay=8"):
         tx.update(params, tx.init(params), params)
-    follow(asgd_jax.delayed(optax.chain(strict, asgd_jax.shifted_sgd(0.1, 0.9, 4)), 4))
-    process = delays.uniform(0, 4)
-    tx = asgd_jax.delayed(optax.chain(strict, asgd_jax.shifted_sgd(0.1, 0.9, process)), process)
-    with pytest.raises(ValueError, match=r"takes no extra arguments, so that it cannot be handed"):
-        tx.update(params, tx.init(params), params)
+    for delay in (4, delays.uniform(0, 4)):  # nor may it guess its staleness
+        tx = asgd_jax.delayed(optax.chain(strict, asgd_jax.shifted_sgd(0.1, 0.9, delay)), delay)
+        with pytest.raises(ValueError, match=r"takes no extra arguments, so that it cannot be"):
+            tx.update(params, tx.init(params), params)
 
 
 def test_an_inner_is_handed_what_it_names():
@@ -402,8 +401,12 @@ def test_two_delays_of_the_parameters_are_refused():
     tx = asgd_jax.delayed(asgd_jax.delayed(optax.sgd(0.1), 2), 3)
     with pytest.raises(ValueError, match="delayed inside delayed"):
         tx.init(jnp.zeros(2))
+    with pytest.raises(ValueError, match="delayed inside delayed"):
+        asgd_jax.delayed(asgd_jax.delayed(optax.sgd(0.1), 2), 0).init(jnp.zeros(2))
     one = asgd_jax.delayed(asgd_jax.delayed(optax.sgd(0.1), 0), 3)
-    assert one.init(jnp.zeros(2)).history.slots.shape == (3, 2)
+    _, params = follow(one)
+    _, expected = follow(asgd_jax.delayed(optax.sgd(0.1), 3))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
 def test_states_of_several_runs_may_be_stacked():
@@ -431,13 +434,33 @@ def test_stale_parameters_have_the_dtype_of_the_live_ones():
     assert asgd_jax.stale_params(state, jnp.ones(2, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+def test_one_byte_floats_are_no_history():
+    with pytest.raises(
+        ValueError, match=r"history_dtype must be a floating-point dtype of 16 bits"
+    ):
+        asgd_jax.delayed(optax.sgd(0.1), 2, history_dtype=jnp.float8_e5m2)
+
+
+def test_random_keys_among_the_parameters_are_kept():
+    params = {"w": jnp.ones(2), "key": jax.random.key(3)}
+    tx = asgd_jax.delayed(optax.set_to_zero(), 2)
+    state = tx.init(params)
+    stale = asgd_jax.stale_params(state, params)
+    np.testing.assert_array_equal(
+        jax.random.key_data(stale["key"]), jax.random.key_data(params["key"])
+    )
+
+
 def test_processes_are_held_to_what_they_promise():
     with pytest.raises(ValueError, match=r"max_delay must be an integer >= 0, got 2.5"):
         asgd_jax.delayed(optax.sgd(0.1), delays.DelayProcess(2.5, None, lambda key, step: step))
-    vector = delays.DelayProcess(2, None, lambda key, step: jnp.zeros(1, jnp.int32))
-    tx = asgd_jax.delayed(optax.sgd(0.1), vector)
-    with pytest.raises(ValueError, match=r"must sample a scalar, got shape \(1,\)"):
-        tx.update(jnp.zeros(2), tx.init(jnp.zeros(2)), jnp.zeros(2))
+    for wrong in (jnp.zeros(1, jnp.int32), jnp.float32(1.9)):
+        process = delays.DelayProcess(2, None, lambda key, step, wrong=wrong: wrong)
+        tx = asgd_jax.delayed(optax.sgd(0.1), process)
+        with pytest.raises(
+            ValueError, match=r"must sample an integer scalar, got (int32\[1|float32)"
+        ):
+            tx.update(jnp.zeros(2), tx.init(jnp.zeros(2)), jnp.zeros(2))
     small = jax.jit(lambda k: delays.constant(k, max_delay=200).sample(None, 0))(jnp.int8(100))
     assert int(small) == 100
 
@@ -448,3 +471,20 @@ def test_a_parameter_that_is_left_out_of_one_update_is_refused():
     grads = {"a": jnp.zeros(2), "b": None}
     with pytest.raises(ValueError, match=r"history of dtype float32 and needs None"):
         tx.update(grads, state, {"a": jnp.zeros(2), "b": None})
+
+
+def test_an_aggregator_of_gradients_by_element_is_delayed_as_any_optimizer():
+    from optax.experimental import aggregating
+
+    mean = aggregating.average_per_element_updates(per_elt_axis=0)
+    tx = asgd_jax.delayed(optax.chain(mean, optax.sgd(0.1)), 2)
+    params = jnp.array([1.0, -2.0])
+    state, held = tx.init(params), []
+    for step in range(6):
+        held.append(params)
+        stale = asgd_jax.stale_params(state, params)
+        np.testing.assert_array_equal(stale, held[max(step - 2, 0)])
+        by_element = jnp.stack([stale - 1.0, stale + 3.0])
+        updates, state = tx.update(by_element, state, params)
+        np.testing.assert_allclose(updates, -0.1 * (stale + 1.0), rtol=1e-6)
+        params = optax.apply_updates(params, updates)

@@ -194,7 +194,7 @@ def test_other_bad_input_is_refused():
     tx = asgd_jax.delayed(optax.sgd(0.1), 1)
     with pytest.raises(ValueError, match=r"needs params, got None: call update"):
         tx.update(PARAMS, tx.init(PARAMS))
-    with pytest.raises(ValueError, match=r"floating-point dtype, got .*int8"):
+    with pytest.raises(ValueError, match=r"floating-point dtype of 16 bits or more, got .*int8"):
         asgd_jax.delayed(optax.sgd(0.1), 1, history_dtype=jnp.int8)
     with pytest.raises(ValueError, match=r"no DelayedState .*wrap the optimizer"):
         asgd_jax.stale_params(optax.sgd(0.1).init(PARAMS), PARAMS)

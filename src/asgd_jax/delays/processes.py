@@ -232,5 +232,6 @@ def as_process(delay: "int | DelayProcess") -> DelayProcess:
     4
     """
     if isinstance(delay, DelayProcess):
-        return delay._replace(max_delay=as_integer(delay.max_delay, "max_delay"))
+        as_integer(delay.max_delay, "max_delay")
+        return delay
     return constant(as_integer(delay, "delay"))

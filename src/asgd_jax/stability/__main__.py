@@ -10,9 +10,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from asgd_jax import delays
+from asgd_jax.command_line import OneLineParser
 from asgd_jax.stability.arguments import KINDS, Delay
 from asgd_jax.stability.plot import plot_thresholds
 from asgd_jax.stability.report import Question, answer, render
@@ -20,15 +20,9 @@ from asgd_jax.stability.report import Question, answer, render
 _DEFAULT_MOMENTUM = 0.9  # of the table's comparison, when none is given
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, where argparse would print its usage too."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python -m asgd_jax.stability",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

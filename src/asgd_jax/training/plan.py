@@ -1,17 +1,19 @@
 """How much memory a run will take on each device, without data and without running it."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from asgd_jax.data import imagenet_normalizer, plan_batches
 from asgd_jax.training import mesh as devices
 from asgd_jax.training.config import validate_config
 from asgd_jax.training.program import Facts, build_run
-from asgd_jax.training.state import PyTree
+from asgd_jax.training.state import PyTree, TrainState
 from asgd_jax.training.step import Batch
 
 # Image shape, classes and training samples of the official data sets.
@@ -59,25 +61,19 @@ class MemoryPlan(NamedTuple):
         return sum(self)
 
 
-def plan_memory(config: ConfigDict) -> MemoryPlan:
-    """Returns the memory of a run: shapes from `jax.eval_shape`, the rest from the compiled step.
+def abstract_step(
+    config: ConfigDict, mesh: Mesh | None = None
+) -> tuple[Callable[[TrainState, Batch], Any], TrainState, Batch]:
+    """Returns the update of a configuration, and the shapes of its state and batch.
 
-    Nothing is allocated and no data is read, so a plan at paper scale fits a laptop. "auto"
-    convolutions are planned as XLA's own, which is what accelerators run.
+    Nothing is allocated and no data is read: the sizes are those of the official data set.
 
     Raises:
-      ValueError: for a bad configuration, or `parallelism="pmap"`, which has no mesh to plan for.
+      ValueError: for a data set whose size is not known.
     """
-    validate_config(config)
-    if config.parallelism == "pmap":
-        raise ValueError("--plan needs parallelism='jit': under pmap a device holds all but images")
     if config.dataset not in _DATASETS:
         known = ", ".join(_DATASETS)
         raise ValueError(f"unknown data set {config.dataset!r}: use one of {known}")
-    config = config.copy_and_resolve_references()
-    config.conv_impl = "lax" if config.conv_impl == "auto" else config.conv_impl
-    mesh = devices.make_mesh(config.num_devices)
-    devices.check_divisible(config.worker_batch_size, mesh.size)
     shape, num_classes, num_samples = _DATASETS[config.dataset]
     image_shape = shape or (config.image_size, config.image_size, 3)
     plan = plan_batches(
@@ -90,19 +86,39 @@ def plan_memory(config: ConfigDict) -> MemoryPlan:
     facts = Facts(plan, num_classes, image_shape, lambda key, images: normalize(images), normalize)
     run = build_run(config, facts, mesh=mesh)
     state = jax.eval_shape(run.init, jax.random.PRNGKey(0))
-    sharding = devices.state_sharding(state, mesh, shard_history=config.shard_history)
     samples = (plan.workers_per_update, plan.worker_batch_size)
     batch = jax.eval_shape(
         lambda: Batch(jnp.zeros((*samples, *image_shape), jnp.uint8), jnp.zeros(samples, jnp.int32))
     )
+    return run.advance, state, batch
+
+
+def plan_memory(config: ConfigDict) -> MemoryPlan:
+    """Returns the memory of a run: shapes from `jax.eval_shape`, the rest from the compiled step.
+
+    Nothing is allocated and no data is read, so a plan at paper scale fits a laptop. "auto"
+    convolutions are planned as XLA's own, which is what accelerators run.
+
+    Raises:
+      ValueError: for a bad configuration, or `parallelism="pmap"`, which has no mesh to plan for.
+    """
+    validate_config(config)
+    if config.parallelism == "pmap":
+        raise ValueError("--plan needs parallelism='jit': under pmap a device holds all but images")
+    config = config.copy_and_resolve_references()
+    config.conv_impl = "lax" if config.conv_impl == "auto" else config.conv_impl
+    mesh = devices.make_mesh(config.num_devices)
+    devices.check_divisible(config.worker_batch_size, mesh.size)
+    step, state, batch = abstract_step(config, mesh)
+    sharding = devices.state_sharding(state, mesh, shard_history=config.shard_history)
     split = jax.tree.map(lambda _: devices.batch_sharding(mesh), batch)
-    step = jax.jit(
-        run.advance,
+    compiled = jax.jit(
+        step,
         donate_argnums=0,
         in_shardings=(sharding, split),
         out_shardings=(sharding, devices.replicated(mesh)),
     )
-    analysis = step.lower(state, batch).compile().memory_analysis()
+    analysis = compiled.lower(state, batch).compile().memory_analysis()
     delayed, placed = state.opt_state, sharding.opt_state
     return MemoryPlan(
         parameters=_bytes(

@@ -47,20 +47,19 @@ def accumulate(
     >>> bool(due), float(mean), int(kept.num_accumulated)
     (False, 2.0, 1)
     """
-    fine: bool | jax.Array = True
-    if skip_nonfinite:
-        inexact = [g for g in jax.tree.leaves(gradients) if jnp.issubdtype(g.dtype, jnp.inexact)]
-        leaves = [jnp.isfinite(leaf).all() for leaf in inexact]
-        fine = jnp.all(jnp.stack(leaves)) if leaves else True
     if every == 1:
-        return fine, gradients, accumulated
-    number = accumulated.num_accumulated + jnp.asarray(fine, jnp.int32)
-    due = fine & (number == every)
+        return _all_finite(gradients) if skip_nonfinite else True, gradients, accumulated
 
     def add(gradient: Any, mean: Any) -> Any:
         if gradient is None or gradient.dtype == jax.dtypes.float0:  # a frozen or an integer leaf
             return gradient
-        return mean + gradient.astype(mean.dtype) / every
+        return mean + (gradient / every).astype(mean.dtype)
+
+    so_far = accumulated.mean_so_far
+    mean = jax.tree.map(add, gradients, so_far, is_leaf=_is_none)
+    fine = _all_finite(mean) if skip_nonfinite else True  # a sum can overflow too
+    number = accumulated.num_accumulated + jnp.asarray(fine, jnp.int32)
+    due = fine & (number == every)
 
     def keep(new: Any, old: Any) -> Any:
         if new is None or new.dtype == jax.dtypes.float0:
@@ -68,8 +67,6 @@ def accumulate(
         # A gradient left out is not added, and zero times infinity is not zero.
         return jnp.where(due, 0, jnp.where(fine, new, old)).astype(old.dtype)
 
-    so_far = accumulated.mean_so_far
-    mean = jax.tree.map(add, gradients, so_far, is_leaf=_is_none)
     kept = jax.tree.map(keep, mean, so_far, is_leaf=_is_none)
     return due, mean, Accumulation(jnp.where(due, 0, number), kept)
 
@@ -94,6 +91,11 @@ def update_if(
         return jax.tree.map(jnp.zeros_like, shapes), state
 
     return jax.lax.cond(due, update, skip, gradients, state)
+
+
+def _all_finite(tree: PyTree) -> bool | jax.Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all() if leaves else True
 
 
 def _is_none(node: Any) -> bool:

@@ -83,7 +83,7 @@ def delay_gradients(
         owner = f"delay_gradients(max_delay={depth - 1})"
         check_ring(state.gradients, depth, owner, () if params is None else params)
         step = state.num_gradients
-        staleness = jnp.clip(process.sample(state.key, step), 0, depth - 1)
+        staleness = jnp.clip(process.sample(state.key, step).astype(jnp.int32), 0, depth - 1)
         # The new gradient is stored first, which costs one slot more than a queue and saves a copy
         # of all slots: it does not depend on the gradient that it replaces.
         gradients, old = write_then_read(state.gradients, step, updates, step - staleness, updates)

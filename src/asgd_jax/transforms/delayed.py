@@ -105,7 +105,8 @@ def delayed(
       seed: seed of the delay process, an int or an int scalar array.
       every: int >= 1, gradients of one update. Their mean has the parameters' dtype.
       skip_nonfinite: a gradient with an entry that is not finite changes nothing: no parameter, no
-        inner state, no count. Under `vmap` every run then counts for itself, and that costs a copy.
+        inner state, no count. Under `vmap` every run then counts for itself, and that costs a copy;
+        where a device sees a piece of the gradients only (`shard_map`), it judges that piece.
 
     Returns:
       A GradientTransformationExtraArgs whose state is a `DelayedState`; `update` needs `params`.
@@ -132,15 +133,19 @@ def delayed(
     _refuse_traced(delay=delay, every=every, skip_nonfinite=skip_nonfinite)
     process = as_process(delay)
     depth = process.max_delay
-    if history_dtype is not None and not jnp.issubdtype(history_dtype, jnp.floating):
-        raise ValueError(f"history_dtype must be a floating-point dtype, got {history_dtype!r}")
-    if as_integer(every, "every") < 1:
+    if history_dtype is not None and not _is_wide_float(history_dtype):
+        raise ValueError(
+            "history_dtype must be a floating-point dtype of 16 bits or more, "
+            f"got {history_dtype!r}"
+        )
+    every = as_integer(every, "every")
+    if every < 1:
         raise ValueError("every must be >= 1, got 0: 1 updates at every gradient")
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: PyTree) -> DelayedState:
         inner_state = inner.init(params)
-        _refuse_delay_within(inner_state, depth)
+        _refuse_delay_within(inner_state)
         return DelayedState(
             num_updates=jnp.zeros((), jnp.int32),
             history=init_ring(params, depth, history_dtype) if depth else (),
@@ -195,8 +200,9 @@ def _turn(
     )
     longest = jnp.minimum(process.max_delay, step - state.history_start)
     drawn = jnp.asarray(process.sample(state.key, step))
-    if drawn.shape:
-        raise ValueError(f"a delay process must sample a scalar, got shape {drawn.shape}")
+    if drawn.shape or not jnp.issubdtype(drawn.dtype, jnp.integer):
+        kind = f"{drawn.dtype}{list(drawn.shape)}"
+        raise ValueError(f"a delay process must sample an integer scalar, got {kind}")
     staleness = jnp.clip(drawn.astype(jnp.int32), 0, longest)
     # Read now and kept: read at the start of the next step, the slices would be fused into every
     # operation that uses a bias, and slow the model.
@@ -219,10 +225,14 @@ def _check(state: DelayedState, depth: int, params: PyTree, dtype: DTypeLike | N
         )
 
 
-def _refuse_delay_within(inner_state: optax.OptState, depth: int) -> None:
+def _is_wide_float(dtype: DTypeLike) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize > 1
+
+
+def _refuse_delay_within(inner_state: optax.OptState) -> None:
     """Refuses a second delay of the parameters, which nothing would ever ask for."""
     nodes = jax.tree.leaves(inner_state, is_leaf=lambda node: isinstance(node, DelayedState))
-    if depth and any(isinstance(node, DelayedState) and node.history != () for node in nodes):
+    if any(isinstance(node, DelayedState) and node.history != () for node in nodes):
         raise ValueError(
             "delayed inside delayed: gradients can be taken at one set of stale parameters only; "
             "give the sum of both delays to one of them"

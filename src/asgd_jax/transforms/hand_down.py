@@ -35,7 +35,7 @@ def hand_down(
     try:
         while True:
             try:
-                return update(*arguments, **given, **left)
+                return update(*arguments, **{**left, **given})
             except TypeError as error:
                 said = str(error)
                 refused = [name for name in left if f"'{name}'" in said]

@@ -148,7 +148,8 @@ def write_slot(ring: Ring, slot: jax.Array | int, tree: PyTree) -> Ring:
     def write(leaf: Any, slots: jax.Array) -> jax.Array:
         if leaf is None:
             return slots
-        stored = _to_bits(jnp.asarray(leaf).astype(_value_dtype(slots, leaf)))
+        leaf, value = jnp.asarray(leaf), _value_dtype(slots, leaf)
+        stored = _to_bits(leaf if leaf.dtype == value else leaf.astype(value))
         return jax.lax.dynamic_update_index_in_dim(slots, stored, slot % slots.shape[0], axis=0)
 
     leaves, _, rings, structure = _paired(tree, ring)
@@ -180,7 +181,8 @@ def read_slot(ring: Ring, slot: jax.Array | int, like: PyTree) -> PyTree:
         # Only where there are bits to turn back: JAX sends no gradient through this conversion.
         if stored.dtype != value:
             stored = jax.lax.bitcast_convert_type(stored, value)
-        return stored.astype(jnp.asarray(leaf).dtype)
+        wanted = jnp.asarray(leaf).dtype
+        return stored if stored.dtype == wanted else stored.astype(wanted)
 
     leaves, structure, rings, _ = _paired(like, ring)
     return jax.tree.unflatten(structure, map(read, leaves, rings))
@@ -254,13 +256,14 @@ def check_ring(
             )
 
 
-def resize_ring(ring: Ring, newest: jax.Array | int, depth: int) -> Ring:
+def resize_ring(ring: Ring, newest: jax.Array | int, depth: int, zeros: int | None = None) -> Ring:
     """Returns a ring of `depth` slots with the same latest values.
 
     Args:
       ring: its slots newest, newest - 1, ... hold values.
       newest: the last slot that was written, int32.
       depth: number of slots; where there were fewer, the oldest one fills the rest.
+      zeros: if given, so many of the oldest slots of a ring that grows, and the rest, become 0.
 
     >>> ring = Ring(jnp.array([30, 40, 20]))  # of slots 2, 3, 4: slot 2 lies at index 2
     >>> resize_ring(ring, 4, 2).slots, resize_ring(ring, 4, 4).slots
@@ -269,7 +272,12 @@ def resize_ring(ring: Ring, newest: jax.Array | int, depth: int) -> Ring:
 
     def resize(slots: jax.Array) -> jax.Array:
         age = (newest - jnp.arange(depth)) % depth  # of the value that belongs at each index
-        return slots[(newest - jnp.minimum(age, slots.shape[0] - 1)) % slots.shape[0]]
+        old = slots.shape[0]
+        values = slots[(newest - jnp.minimum(age, old - 1)) % old]
+        if zeros is None or depth <= old:
+            return values
+        known = jnp.expand_dims(age < old - zeros, range(1, values.ndim))
+        return jnp.where(known, values, jnp.zeros_like(values))
 
     return Ring(jax.tree.map(resize, ring.slots))
 
@@ -317,7 +325,9 @@ _VALUES = {bits: value for value, bits in _BITS.items()}
 def _stored_dtype(leaf: Any, dtype: DTypeLike | None) -> Any:
     """The dtype of the slots of a leaf."""
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    value = leaf.dtype if dtype is None or not floating else jax.dtypes.canonicalize_dtype(dtype)
+    if not floating:
+        return leaf.dtype
+    value = leaf.dtype if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
     return _BITS.get(jnp.dtype(value), value)
 
 
@@ -328,5 +338,5 @@ def _value_dtype(slots: Any, like: Any) -> Any:
 
 
 def _to_bits(leaf: jax.Array) -> jax.Array:
-    bits = _BITS.get(leaf.dtype)
+    bits = None if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) else _BITS.get(leaf.dtype)
     return leaf if bits is None else jax.lax.bitcast_convert_type(leaf, bits)

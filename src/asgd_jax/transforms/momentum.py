@@ -117,14 +117,17 @@ def _refuse_other_delay(delay: int | DelayProcess, own: int, staleness: jax.Arra
             f"shifted momentum of max_delay={own} inside delayed of max_delay={around}: "
             "give both the same delay"
         )
-    if staleness is None and isinstance(delay, DelayProcess):
-        why = (
-            "wrap the optimizer in asgd_jax.delayed(optimizer, process)"
-            if around is None
-            else "a transform beside or around it takes no extra arguments, so that it cannot be "
-            "handed down: move that one out of delayed, or use a constant delay"
+    if staleness is None and around is not None:
+        raise ValueError(
+            "shifted momentum inside delayed needs staleness=, and a transform beside or around "
+            "it takes no extra arguments, so that it cannot be handed down: move that one out of "
+            "delayed"
         )
-        raise ValueError(f"shifted_trace with a delay process needs staleness=: {why}")
+    if staleness is None and isinstance(delay, DelayProcess):
+        raise ValueError(
+            "shifted_trace with a delay process needs staleness=: "
+            "wrap the optimizer in asgd_jax.delayed(optimizer, process)"
+        )
 
 
 def shifted_sgd(

@@ -27,7 +27,9 @@ def resize_history(
     A run that goes on with a longer delay knows no older parameters than those of its old history:
     staleness then ramps up from there, as it does at the start of a run. With a shorter delay the
     next gradient is taken at the oldest parameters that the new history holds, if it would have
-    been older.
+    been older. A longer queue of gradients hands on zeros where it used its gradients already, a
+    shorter one drops its oldest; `shifted_trace` outside `delayed` takes its oldest buffer for
+    those that it never had.
 
     Args:
       state: an optimizer state with the states of `delayed`, `shifted_trace` or `delay_gradients`
@@ -57,7 +59,7 @@ def resize_history(
             return node._replace(buffers=resize_ring(node.buffers, node.num_pushes, depth + 1))
         if isinstance(node, DelayGradientsState):
             newest = node.num_gradients - 1
-            return node._replace(gradients=resize_ring(node.gradients, newest, depth + 1))
+            return node._replace(gradients=resize_ring(node.gradients, newest, depth + 1, zeros=1))
         return node
 
     nodes = jax.tree.leaves(state, is_leaf=_is_kept)

@@ -54,7 +54,7 @@ def _choose(staleness: jax.Array, live: Any, stale: jax.Array) -> jax.Array:
     """The live leaf where the staleness is 0; states of several runs may be stacked."""
     live = jnp.asarray(live)
     fresh = jnp.expand_dims(staleness == 0, range(jnp.ndim(staleness), live.ndim))
-    return jnp.where(fresh, live, stale.astype(live.dtype))
+    return jnp.where(fresh, live, stale if stale.dtype == live.dtype else stale.astype(live.dtype))
 
 
 def has_history(state: optax.OptState) -> bool:

@@ -4,11 +4,12 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
 from asgd_jax import stability
 from asgd_jax.training.folder.table import open_table
-from experiments.departure import make_optimizer
+from asgd_jax.transforms import delayed_sgd
 from experiments.figures import eos
 from experiments.sharpness_track import Sample, make_track
 
@@ -48,7 +49,7 @@ def made_up(profile):
                     "ratio": ratio,
                 }
             )
-    return records
+    return pd.DataFrame(records)
 
 
 def hovering(_, share):
@@ -56,7 +57,7 @@ def hovering(_, share):
 
 
 def failures(records):
-    return [claim.claim for claim in eos.claims(records) if not claim.holds]
+    return [claim.claim for claim in eos.claims(pd.DataFrame(records)) if not claim.holds]
 
 
 def test_sharpness_rises_to_every_edge_on_digits(smoke):
@@ -159,10 +160,10 @@ def test_rates_of_a_preset_put_the_edges_where_it_says(preset):
 
 
 def test_undamped_momentum_at_the_smaller_rate_is_the_damped_run():
-    track = make_track(eos.make_problem(eos.PRESETS["smoke"].data, seed=0))
+    track = make_track(eos.network_problem(eos.PRESETS["smoke"].data, seed=0))
     damped, undamped = (
         track(
-            make_optimizer(
+            delayed_sgd(
                 jnp.float32(rate), delay=2, momentum=0.9, kind="heavy_ball", dampening=dampening
             ),
             [40],
@@ -176,7 +177,7 @@ def test_undamped_momentum_at_the_smaller_rate_is_the_damped_run():
 @pytest.mark.realdata
 def test_mnist_is_brought_to_the_scale_of_digits(tfds_data_dir):
     data = eos.PRESETS["cpu"].same_rate_data
-    problem = eos.make_problem(data, seed=0)
+    problem = eos.network_problem(data, seed=0)
     images, targets = problem.batches[0]
     assert len(images) == len(targets) == data.num_train
     norms = np.linalg.norm(np.asarray(images).reshape(data.num_train, -1), axis=1)
@@ -194,7 +195,7 @@ def test_the_picture_names_every_run_and_draws_its_edge():
         assert axis.get_title()
         assert axis.get_xlabel()
         dashed = [line for line in axis.get_lines() if line.get_linestyle() == "--"]
-        edges = {record["edge"] for record in records if record["panel"] == panel}
+        edges = set(records[records.panel == panel].edge)
         assert {line.get_ydata()[0] for line in dashed} == edges
         assert len({text.get_text() for text in axis.texts}) == len(here)
     figure.canvas.draw()

@@ -4,6 +4,7 @@ import importlib
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,8 +12,8 @@ from scipy.stats import norm
 
 from asgd_jax import delays, stability
 from experiments.figures import random_delay
-from experiments.figures import threshold_curves as curves
 from experiments.reproduce import FIGURES
+from experiments.style import move_apart
 
 
 def smoke(number):
@@ -83,7 +84,7 @@ def test_mean_square_records_are_the_mean_square_threshold():
 @pytest.mark.parametrize("number", [4, 6, 7, 8, 10])
 def test_a_wrong_table_breaks_claims(number):
     module, records = smoke(number)
-    assert all(claim.holds for claim in module.claims(records))
+    assert all(claim.holds for claim in module.claims(pd.DataFrame(records)))
     # Thresholds that fall as 1/sqrt(delay), the rule that the paper refutes.
     wrong = []
     for record in records:
@@ -93,7 +94,7 @@ def test_a_wrong_table_breaks_claims(number):
             {**record, "threshold": 1 / inverse, "inverse_threshold": inverse, "largest_root": 1.1}
             | gain
         )
-    broken = [claim.claim for claim in module.claims(wrong) if not claim.holds]
+    broken = [claim.claim for claim in module.claims(pd.DataFrame(wrong)) if not claim.holds]
     assert any("unit circle" in claim for claim in broken)
     assert any("linear" in claim for claim in broken)
     assert any("slope" in claim or "gain" in claim for claim in broken)
@@ -102,7 +103,7 @@ def test_a_wrong_table_breaks_claims(number):
 @pytest.mark.parametrize("number", [4, 6, 7, 8, 10])
 def test_pictures_are_labelled_and_drawn(number):
     module, records = smoke(number)
-    figure = module.plot(records)
+    figure = module.plot(pd.DataFrame(records))
     assert figure.get_suptitle()
     for axis in figure.axes:
         assert axis.get_title()
@@ -119,7 +120,7 @@ def test_pictures_are_labelled_and_drawn(number):
     st.floats(0.1, 10),
 )
 def test_spread_keeps_order_and_distance(heights, gap):
-    moved = np.array(curves.spread(heights, gap))
+    moved = np.array(move_apart(heights, gap))
     assert (np.diff(moved) >= gap - 1e-9).all()
     assert moved.mean() == pytest.approx(np.mean(heights), abs=1e-6)
     if (np.diff(heights) >= gap).all():

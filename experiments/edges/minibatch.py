@@ -16,23 +16,22 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from asgd_jax import curvature, data, stability
+from asgd_jax import curvature, data
 from asgd_jax.data.in_memory import Dataset
 from asgd_jax.training.config import validate_config
 from asgd_jax.training.feed import load_dataset, plan_of
 from asgd_jax.training.folder import rerun
 from asgd_jax.training.folder.provenance import write_json
 from asgd_jax.training.folder.table import Record, holds_fingerprint
-from asgd_jax.training.setup import make_model
+from asgd_jax.training.program import make_model
 from asgd_jax.training.state import PyTree
 from asgd_jax.training.step import cross_entropy
 from asgd_jax.training.sweep import Point, sweep, train_params
+from experiments.edges.leaving import E_FOLDS, bracket, e_fold, most_loss, next_index
 
 RESOLUTION = 0.08  # learning rates lie on a geometric grid of this step, as in the paper
-_E_FOLDS = 12  # of growth at one grid step above the edge, for which every run has time
 _ROWS = 24  # measurements of a run
-_STRIDE = 8  # grid steps by which the search descends until a run stays
-_LOWEST = -120  # grid index at which the search gives up
+_STRIDE = 8  # grid steps by which the search goes until it is past the edge
 
 
 class Start(NamedTuple):
@@ -47,15 +46,6 @@ class Start(NamedTuple):
     params: PyTree
     loss: float
     sharpness: float
-
-
-def leave_loss(loss: float) -> float:
-    """Returns the loss above which a run has left a minimum of loss `loss`.
-
-    >>> leave_loss(0.5), leave_loss(0.0)
-    (5.0, 0.1)
-    """
-    return max(10.0 * loss, loss + 0.1)
 
 
 def reach_minimum(config: ConfigDict, work: Path) -> Start:
@@ -138,9 +128,7 @@ def num_epochs(delay: int, steps_per_epoch: int) -> tuple[int, int]:
     >>> num_epochs(0, steps_per_epoch=8)
     (24, 1)
     """
-    just_above = (1.0 + RESOLUTION) * stability.max_learning_rate(delay)
-    steps = _E_FOLDS * stability.growth_time(delay, step=just_above)
-    between = math.ceil(steps / (_ROWS * steps_per_epoch))
+    between = math.ceil(E_FOLDS * e_fold(delay, RESOLUTION) / (_ROWS * steps_per_epoch))
     return _ROWS * between, between
 
 
@@ -167,8 +155,8 @@ def find_edges(
 ) -> list[Record]:
     """Searches, for each delay and seed, the two neighbouring rates of which one stays, one leaves.
 
-    From S-SGD's edge it descends eight grid steps at a time until a run stays, then bisects: the
-    prediction is not used. All runs of a round are one sweep.
+    From S-SGD's edge it goes eight grid steps at a time until it is past this one, then bisects:
+    the prediction is not used. All runs of a round are one sweep.
 
     Args:
       config: of the runs, one worker's batch an update; delay + 1 workers each.
@@ -183,12 +171,12 @@ def find_edges(
       every row: minimum_loss and sharpness.
 
     Raises:
-      ValueError: when every rate leaves.
+      ValueError: when every rate leaves, or every one stays.
     """
     pairs = [(delay, seed) for delay in delays for seed in seeds]
     found: dict[tuple[int, int], dict[int, list[Record]]] = {pair: {} for pair in pairs}
-    limit = leave_loss(start.loss)
-    steps = _steps_per_epoch(config)
+    limit = most_loss(start.loss)
+    steps = len(load_dataset(config).train_labels) // config.worker_batch_size
 
     def run(wanted: Sequence[tuple[tuple[int, int], int]]) -> None:
         points = [_point(start, steps, pair, index) for pair, index in wanted]
@@ -197,29 +185,32 @@ def find_edges(
             mine = [row for row in rows if all(row[name] == point[name] for name in point)]
             found[pair][index] = mine
 
+    def left(pair: tuple[int, int]) -> dict[int, bool]:
+        return {index: has_left(rows, limit) for index, rows in found[pair].items()}
+
     while wanted := [
-        (pair, index) for pair in pairs if (index := _next_index(found[pair], limit)) is not None
+        (pair, index) for pair in pairs if (index := next_index(left(pair), _STRIDE)) is not None
     ]:
         run(wanted)
     extra = [
         (pair, index)
         for pair in pairs
-        for index in (_edge(found[pair], limit)[1] + offset for offset in above)
+        for index in ((bracket(left(pair))[1] or 0) + offset for offset in above)
         if index not in found[pair]
     ]
     if extra:
         run(extra)
-    same = {"minimum_loss": start.loss, "sharpness": start.sharpness}
+    return [row for pair in pairs for row in _marked(found[pair], start)]
+
+
+def _marked(runs: dict[int, list[Record]], start: Start) -> list[Record]:
+    """The rows of runs, in the order of their indices, with what became of each run."""
+    same, limit = {"minimum_loss": start.loss, "sharpness": start.sharpness}, most_loss(start.loss)
     return [
         {**row, "index": index, "left": int(has_left(rows, limit)), **same}
-        for pair in pairs
-        for index, rows in sorted(found[pair].items())
+        for index, rows in sorted(runs.items())
         for row in rows
     ]
-
-
-def _steps_per_epoch(config: ConfigDict) -> int:
-    return len(load_dataset(config).train_labels) // config.worker_batch_size
 
 
 def _point(start: Start, steps: int, pair: tuple[int, int], index: int) -> Point:
@@ -233,22 +224,3 @@ def _point(start: Start, steps: int, pair: tuple[int, int], index: int) -> Point
         "epochs": epochs,
         "eval_every_epochs": between,
     }
-
-
-def _edge(runs: dict[int, list[Record]], limit: float) -> tuple[int | None, int]:
-    """The largest index that stayed below all that left, None so far; the smallest that left."""
-    left = [index for index, rows in runs.items() if has_left(rows, limit)]
-    upper = min(left, default=max(runs, default=0) + _STRIDE)
-    return max(
-        (index for index in runs if index not in left and index < upper), default=None
-    ), upper
-
-
-def _next_index(runs: dict[int, list[Record]], limit: float) -> int | None:
-    """The grid index to run next, or None when a rate that stays has a neighbour that leaves."""
-    lower, upper = _edge(runs, limit)
-    if lower is None:
-        if upper <= _LOWEST:
-            raise ValueError(f"every rate down to grid index {upper} leaves: is this a minimum?")
-        return upper - _STRIDE
-    return None if upper - lower == 1 and runs.get(upper) else (lower + upper + 1) // 2

@@ -7,8 +7,8 @@ import pytest
 
 from asgd_jax import stability
 from asgd_jax.training import default_config
-from experiments import escape
-from experiments.escape import Start, find_edges, grid_rate, has_left, num_epochs
+from experiments.edges import minibatch
+from experiments.edges.minibatch import Start, find_edges, grid_rate, has_left, num_epochs
 
 START = Start(params={}, loss=0.02, sharpness=5.0)
 
@@ -37,7 +37,7 @@ def test_the_search_brackets_an_edge_wherever_it_is(monkeypatch, tmp_path, facto
             for row in rows_of(point, point["learning_rate"] > edge(point["delay"]))
         ]
 
-    monkeypatch.setattr(escape, "sweep", fake_sweep)
+    monkeypatch.setattr(minibatch, "sweep", fake_sweep)
     config = default_config()
     config.worker_batch_size = 64
     records = find_edges(config, START, (1, 4, 32), (0, 1), tmp_path, above=(1, 3))
@@ -47,7 +47,7 @@ def test_the_search_brackets_an_edge_wherever_it_is(monkeypatch, tmp_path, facto
             left = min(r["learning_rate"] for r in mine if r["left"])
             stayed = max(r["learning_rate"] for r in mine if not r["left"])
             assert stayed <= edge(delay) < left
-            assert left / stayed == pytest.approx(1 + escape.RESOLUTION, rel=1e-4)
+            assert left / stayed == pytest.approx(1 + minibatch.RESOLUTION, rel=1e-4)
             indices = {r["index"] for r in mine}
             upper = min(r["index"] for r in mine if r["left"])
             assert {upper + 1, upper + 3} <= indices
@@ -58,7 +58,9 @@ def test_the_search_brackets_an_edge_wherever_it_is(monkeypatch, tmp_path, facto
 
 def test_a_minimum_that_is_none_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        escape, "sweep", lambda config, points, **_: [r for p in points for r in rows_of(p, True)]
+        minibatch,
+        "sweep",
+        lambda config, points, **_: [r for p in points for r in rows_of(p, True)],
     )
     with pytest.raises(ValueError, match="is this a minimum"):
         find_edges(default_config(), START, (1,), (0,), tmp_path)
@@ -100,12 +102,12 @@ def minimum_config(**changes):
 
 
 def test_a_minimum_is_trained_once_and_is_nobody_elses(tmp_path, monkeypatch):
-    first = escape.reach_minimum(minimum_config(), tmp_path)
+    first = minibatch.reach_minimum(minimum_config(), tmp_path)
     trained = []
     monkeypatch.setattr(
-        escape, "train_params", lambda config, dataset: trained.append(config) or first.params
+        minibatch, "train_params", lambda config, dataset: trained.append(config) or first.params
     )
-    again = escape.reach_minimum(minimum_config(), tmp_path)
+    again = minibatch.reach_minimum(minimum_config(), tmp_path)
     assert (first.loss, first.sharpness) == pytest.approx((again.loss, again.sharpness), rel=1e-6)
     assert first.sharpness > 0
     changes = {"learning_rate": 0.2, "epochs": 3, "seed": 1, "num_train": 64, "normalize": "half"}
@@ -113,10 +115,10 @@ def test_a_minimum_is_trained_once_and_is_nobody_elses(tmp_path, monkeypatch):
         with pytest.raises(
             ValueError, match=rf"{field}=.* and this configuration {field}={value!r}"
         ):
-            escape.reach_minimum(minimum_config(**{field: value}), tmp_path)
+            minibatch.reach_minimum(minimum_config(**{field: value}), tmp_path)
     # Where it runs is no part of what it is.
-    escape.reach_minimum(minimum_config(num_devices=2, checkpoint_every_epochs=0), tmp_path)
+    minibatch.reach_minimum(minimum_config(num_devices=2, checkpoint_every_epochs=0), tmp_path)
     assert not trained
     (tmp_path / "minimum.json").unlink()  # whose parameters these are nobody knows
-    escape.reach_minimum(minimum_config(seed=1), tmp_path)
+    minibatch.reach_minimum(minimum_config(seed=1), tmp_path)
     assert [config.seed for config in trained] == [1]
