@@ -15,7 +15,6 @@ PROTOCOL = {
     *("TITLE", "Case", "CASES", "QUICK_CASES"),
     "main",
 }
-PENDING = {"Progress"}  # of a checkpoint, and of a run's loop
 
 
 def defined_names(tree):
@@ -40,7 +39,7 @@ def test_no_two_modules_mean_different_things_by_a_name():
     where = defaultdict(list)
     for module, file in modules():
         for name in set(defined_names(ast.parse(file.read_text()))):
-            if not name.startswith("_") and name not in PROTOCOL | PENDING:
+            if not name.startswith("_") and name not in PROTOCOL:
                 where[name].append(module)
     clashes = {}
     for name, found in where.items():
@@ -58,4 +57,4 @@ def test_what_is_allowed_is_needed():
     for _, file in modules():
         for name in set(defined_names(ast.parse(file.read_text()))):
             counts[name] += 1
-    assert {name for name in PROTOCOL | PENDING if counts[name] < 2} == set()
+    assert {name for name in PROTOCOL if counts[name] < 2} == set()
