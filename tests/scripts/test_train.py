@@ -189,7 +189,7 @@ def test_the_other_scripts_refuse_such_folders_too(
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(use_compilation_cache()))
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments, f"--out={folder}"])
     with pytest.raises(SystemExit) as stop:
-        load_script(name).main()
+        sys.exit(load_script(name).main())
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith(f"{name}.py: out='{folder}' ")
     assert list(tmp_path.iterdir()) == []
