@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from asgd_jax.stability.root_finding import increasing_root
+
 
 def reflection_coefficients(polynomial: np.ndarray) -> np.ndarray | None:
     r"""Reflection coefficients of a monic real polynomial, or None unless all |z| < 1.
@@ -71,17 +73,14 @@ def largest_modulus(polynomial: np.ndarray) -> float:
     """
     degree = len(polynomial) - 1
     # Large polynomials of delays have nearly all roots within a few 1/degree of the unit circle.
-    low, high = -1.0 / degree, 1.0 / degree
-    while not roots_inside(polynomial, math.exp(high)):
-        low, high = high, 2.0 * high
-    while roots_inside(polynomial, math.exp(low)):
-        low, high = 2.0 * low, low
-        if low < -700.0:
-            return 0.0
-    while high - low > 1e-13:
-        middle = (low + high) / 2.0
-        low, high = (low, middle) if roots_inside(polynomial, math.exp(middle)) else (middle, high)
-    return math.exp((low + high) / 2.0)
+    return math.exp(
+        increasing_root(
+            lambda log_radius: 1.0 if roots_inside(polynomial, math.exp(log_radius)) else -1.0,
+            1.0 / degree,
+            xtol=1e-13,
+            lowest=-700.0,
+        )
+    )
 
 
 def _step_down(polynomial: np.ndarray) -> list[np.ndarray] | None:
