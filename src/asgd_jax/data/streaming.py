@@ -203,12 +203,8 @@ def validation_batches(
     yields equally many batches, so that collective operations stay in step.
 
     Args:
-      data_dir: folder or `gs://` address of TFDS's prepared data; TFDS_DATA_DIR by default.
+      data_dir, image_size, process_index, process_count, name: as for `train_batches`.
       batch_size: samples of a batch over all processes; a multiple of `process_count`.
-      image_size: pixels of a side.
-      process_index: of this process.
-      process_count: of all.
-      name: as given to `train_batches`.
 
     Returns:
       Iterator of (images, labels, mask): uint8 (b, image_size, image_size, 3), int32 (b,) and

@@ -18,7 +18,7 @@ from asgd_jax.stability.arguments import (
 )
 from asgd_jax.stability.characteristic import build_polynomial
 from asgd_jax.stability.dominant_root import dominant_exponent
-from asgd_jax.stability.mean_square import mean_square_radius
+from asgd_jax.stability.mean_square import log_or_minus_inf, mean_square_radius
 from asgd_jax.stability.schur_cohn import largest_modulus
 
 # Above this degree the O(n^3) eigenvalues of the companion matrix take longer than fifty O(n^2)
@@ -93,12 +93,8 @@ def _log_radius(
     if isinstance(where, int):
         return dominant_exponent(where, step, checked).real
     if criterion == "mean_square":
-        return _log(mean_square_radius(where, step, checked))
+        return log_or_minus_inf(mean_square_radius(where, step, checked))
     polynomial = build_polynomial(where, step, checked)
     if polynomial.size > _DENSE_DEGREE:
-        return _log(largest_modulus(polynomial))
-    return _log(float(abs(np.roots(polynomial)).max(initial=0.0)))
-
-
-def _log(radius: float) -> float:
-    return math.log(radius) if radius > 0.0 else -math.inf
+        return log_or_minus_inf(largest_modulus(polynomial))
+    return log_or_minus_inf(float(abs(np.roots(polynomial)).max(initial=0.0)))

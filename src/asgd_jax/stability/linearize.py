@@ -294,4 +294,4 @@ def _first_crossing(log_radius: Callable[[float], float], middle: float) -> floa
 
 def _proportional(decay: float, half: float) -> bool:
     """Whether x decays at a rate proportional to the learning rate, as it does near 0."""
-    return -math.inf < decay < 0.0 and half < 0.0 and abs(decay / half - 2.0) < 0.1
+    return decay < 0.0 and half < 0.0 and abs(decay / half - 2.0) < 0.1

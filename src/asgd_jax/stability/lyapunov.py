@@ -144,9 +144,9 @@ def draw_staleness(
     >>> draw_staleness([0, 1, 1], num_steps=1000)[:5]
     array([0, 1, 1, 0, 1])
     """
-    recorded = None if isinstance(trace, DelayProcess) else np.asarray(trace)
     # from_trace checks the entries.
-    process = trace if isinstance(trace, DelayProcess) else from_trace(np.asarray(trace))
+    process = trace if isinstance(trace, DelayProcess) else from_trace(trace)
+    recorded = None if isinstance(trace, DelayProcess) else np.asarray(trace)
     if num_steps is None:
         wanted = min(_LONGEST_RUN, int(_RUN_PER_DELAY * process.max_delay / (1.0 - momentum)))
         num_steps = max(_SHORTEST_RUN, wanted, 0 if recorded is None else recorded.size)

@@ -82,7 +82,7 @@ def mean_square_radius(pmf: np.ndarray, step: float, momentum: Momentum) -> floa
         return 1.0
 
     def log_loss(log_growth: float) -> float:
-        return -_log(noise_gain(pmf, step, momentum, math.exp(log_growth)))
+        return -log_or_minus_inf(noise_gain(pmf, step, momentum, math.exp(log_growth)))
 
     width = 1.0 / pmf.size
     log_radius = increasing_root(log_loss, width, xtol=_TOLERANCE * width, lowest=_LOWEST)
@@ -100,7 +100,7 @@ def mean_square_threshold(pmf: np.ndarray, momentum: Momentum, mean_threshold: f
     """
 
     def log_gain(step: float) -> float:
-        return _log(noise_gain(pmf, step, momentum))
+        return log_or_minus_inf(noise_gain(pmf, step, momentum))
 
     low = min(mean_threshold, (1.0 - momentum.value) / (2.0 * pmf.size * momentum.gain)) / 2.0
     while log_gain(low) >= 0.0:
@@ -111,5 +111,6 @@ def mean_square_threshold(pmf: np.ndarray, momentum: Momentum, mean_threshold: f
     return first_root(log_gain, grid, rtol=_TOLERANCE) or mean_threshold
 
 
-def _log(gain: float) -> float:
+def log_or_minus_inf(gain: float) -> float:
+    """The logarithm, -inf at zero."""
     return math.log(gain) if gain > 0.0 else -math.inf

@@ -40,13 +40,15 @@ class Question(NamedTuple):
     baseline: float | None = None
 
 
-# The names of the momentum methods, with kind and dampening; the last is shown to those who use it.
+# The names of the momentum methods, with kind and dampening.
 _METHODS: dict[str, tuple[Kind, bool]] = {
     "heavy ball, damped": ("heavy_ball", True),
     "heavy ball, undamped": ("heavy_ball", False),
     "shifted": ("shifted", True),
     "shifted, undamped": ("shifted", False),
 }
+# Always in the table; others only for those who use them.
+_COMPARED = ("no momentum", "heavy ball, damped", "heavy ball, undamped", "shifted")
 
 
 def methods(momentum: float) -> dict[str, MethodOptions]:
@@ -92,7 +94,7 @@ def answer(question: Question) -> dict[str, Any]:
         name: {"name": name, "used": name == used, **options[name]}
         | _row(question, sort, sharpness, options[name])
         for name in options
-        if name in (*list(options)[:4], used)
+        if name in (*_COMPARED, used)
     }
     answered = {
         "delay": question.description,

@@ -7,22 +7,12 @@ import numpy as np
 from asgd_jax.stability.root_finding import increasing_root
 
 
-def reflection_coefficients(polynomial: np.ndarray) -> np.ndarray | None:
-    r"""Reflection coefficients of a monic real polynomial, or None unless all |z| < 1.
+def roots_inside(polynomial: np.ndarray, radius: float = 1.0) -> bool:
+    r"""Whether all roots of a monic real polynomial have modulus < radius.
 
     The step-down (Levinson) recursion takes the last coefficient as $k_n$ and lowers the degree:
     $a_j \leftarrow (a_j - k_n a_{n-j}) / (1 - k_n^2)$. All roots lie inside the unit circle if and
     only if every |k| < 1. The work is O(n^2).
-
-    >>> reflection_coefficients(np.array([1.0, -0.5])), reflection_coefficients(np.array([1.0, -2]))
-    (array([-0.5]), None)
-    """
-    lower = _step_down(polynomial)
-    return None if lower is None else np.array([row[-1] for row in lower])
-
-
-def roots_inside(polynomial: np.ndarray, radius: float = 1.0) -> bool:
-    """Whether all roots of a monic real polynomial have modulus < radius.
 
     >>> roots_inside(np.array([1.0, -0.5])), roots_inside(np.array([1.0, -0.5]), radius=0.4)
     (True, False)

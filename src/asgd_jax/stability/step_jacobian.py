@@ -110,7 +110,9 @@ def step_jacobian(
     num_steps = _num_steps(step, 1 if average else weights.size)
     longest = max((leaf.shape[0] for leaf in step.layout.leaves if leaf.shape), default=0)
     ramp = 2 * num_steps * (longest + 1)
-    noise = np.cos(1.0 + 2.0 * np.arange(num_steps))
+    # The first of it is far from -1: it would nearly cancel the gradient of the displaced x, and
+    # methods that divide by the squared gradient stop where that is tiny.
+    noise = np.cos(2.0 + 2.0 * np.arange(num_steps))
 
     def stretch(
         rate: Any, first: Any, probe: Any, start: Memory, held: Any

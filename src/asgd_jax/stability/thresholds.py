@@ -74,10 +74,8 @@ def max_learning_rate(
     checked = as_momentum(momentum, kind, dampening)
     choose(criterion, CRITERIA, "criterion")
     if is_trace(delay):
-        estimate = lyapunov_max_learning_rate(
-            delay, sharpness=sharpness, momentum=momentum, kind=kind, dampening=dampening
-        )
-        return estimate.value
+        method = MethodOptions(momentum=momentum, kind=kind, dampening=dampening)
+        return lyapunov_max_learning_rate(delay, sharpness=sharpness, **method).value
     where = as_delay(delay)
     if isinstance(where, int):
         return constant_threshold(where, checked) / sharpness
