@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from asgd_jax.command_line import OneLineParser
+from asgd_jax.data import FACTS
 from asgd_jax.training import train
 from asgd_jax.training.command import named_folder, run_command
 from asgd_jax.training.folder.metrics import read_rows
 from asgd_jax.training.folder.provenance import environment, write_json
 from asgd_jax.training.folder.table import Record, write_records
-from asgd_jax.training.plan import num_classes
 from experiments.claims import Claim, at_most, count_held, verdict
 from experiments.tables import markdown_table
 
@@ -132,7 +132,7 @@ def make_record(name: str, run: ReducedRun, workdir: Path, summary: Mapping[str,
     """Returns the row of a finished run; losses are means over `log_every_steps` updates."""
     losses = [row["train_loss"] for row in read_rows(workdir)]
     error = float(summary["final"]["validation_error"])
-    chance = 1.0 - 1.0 / num_classes(summary["config"]["dataset"])
+    chance = 1.0 - 1.0 / FACTS[summary["config"]["dataset"]].num_classes
     return {
         "run": name,
         "config": f"{run.config}:{run.arm}",

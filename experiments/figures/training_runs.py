@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
+from asgd_jax.data import FACTS
 from asgd_jax.training.folder.table import Record
-from asgd_jax.training.plan import num_classes
 from experiments.claims import deviation
 
 _TEN_CLASSES = 0.9  # error of a guess: of tables that are older than their column chance_error
@@ -67,7 +67,7 @@ def select(records: pd.DataFrame, **fields: Any) -> pd.DataFrame:
 
 def with_chance(records: Sequence[Record], config: ConfigDict) -> list[Record]:
     """Returns the records with the error of a guess among the classes of the data set."""
-    chance = 1.0 - 1.0 / num_classes(config.dataset)
+    chance = 1.0 - 1.0 / FACTS[config.dataset].num_classes
     return [{**record, "chance_error": chance} for record in records]
 
 

@@ -21,7 +21,7 @@ from asgd_jax.training.optimizer import (
     make_delay_process,
     make_multiplier,
 )
-from asgd_jax.training.program import Facts, build_run
+from asgd_jax.training.program import DataSpec, build_run
 from asgd_jax.training.step import make_gradient
 
 ROOT = Path(__file__).parents[2]
@@ -232,7 +232,7 @@ def test_the_optimizer_of_an_arm_takes_two_steps(name, arm):
     config.update(model="mlp", width=1.0)
     config.model_options = ConfigDict({"hidden": (4,)})
     plan = plan_of(config, size=100)
-    run = build_run(config, Facts(plan, 10, (4, 4, 1), to_float, None))
+    run = build_run(config, DataSpec(plan, 10, (4, 4, 1), to_float, None))
     start, gradient = small_model()
     start = run.init(start.key, start.params)
     batches = fake_batches(plan, (4, 4, 1))
@@ -280,7 +280,7 @@ def test_the_model_of_a_config_takes_two_steps(name):
     config.model_options.update(options)
     plan = plan_of(config, size=100)
     augment = data.augmenter(config.dataset) if config.augment else lambda key, images: images
-    facts = Facts(plan, 10, image_shape, lambda key, x: to_float(key, augment(key, x)), None)
+    facts = DataSpec(plan, 10, image_shape, lambda key, x: to_float(key, augment(key, x)), None)
     run = build_run(config, facts)
     state = run.init(jax.random.PRNGKey(config.seed))
     states, _ = train_two_steps(run, state, fake_batches(plan, image_shape))

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_in_memory(kind, split, small_mnist, tmp_path):
 def test_streamed(kind, labelled_stream, tmp_path):
     damage, cause = DAMAGES[kind]
     for split, read in (
-        ("train", lambda folder: data.train_batches(folder, batch_size=8, num_epochs=1)),
+        ("train", lambda folder: data.train_batches(folder, batch_size=8)),
         ("validation", lambda folder: data.validation_batches(folder, batch_size=8)),
     ):
         folder = damaged(labelled_stream, tmp_path / split, split, damage)
@@ -137,7 +138,7 @@ def test_every_other_character_may_stand_in_the_name(labelled_stream, tmp_path):
     folder = tmp_path / "a]b{c,d}%20e#f g=h:i$j'k\"l|m&n;o~p!q^r@é\\"
     folder.symlink_to(labelled_stream)
     assert len(list(data.validation_batches(folder, batch_size=23, image_size=8))) == 1
-    labels = [labels for _, labels in data.train_batches(folder, batch_size=10, num_epochs=1)]
+    labels = [labels for _, labels in islice(data.train_batches(folder, batch_size=10), 5)]
     assert len(np.unique(labels)) == 50
 
 

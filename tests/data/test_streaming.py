@@ -12,9 +12,9 @@ NUM_TRAIN, NUM_VALIDATION = 50, 23
 SMALL = {"batch_size": 8, "image_size": 16, "seed": 3}
 
 
-def _labels(folder: Path, **options) -> np.ndarray:
-    batches = streaming.train_batches(folder, **{**SMALL, "num_epochs": 1, **options})
-    return np.concatenate([labels for _, labels in batches])
+def _labels(folder: Path, num_batches: int, **options) -> np.ndarray:
+    batches = streaming.train_batches(folder, **{**SMALL, **options})
+    return np.concatenate([labels for _, labels in islice(batches, num_batches)])
 
 
 def test_sizes(labelled_stream):
@@ -34,9 +34,9 @@ def test_shapes_and_types(labelled_stream):
 
 
 def test_an_epoch_shows_every_image_at_most_once_and_drops_the_partial_batch(labelled_stream):
-    labels = _labels(labelled_stream)
-    assert labels.size == 48
-    assert np.unique(labels).size == 48
+    first, second = np.split(_labels(labelled_stream, 12), 2)
+    assert first.size == 48
+    assert np.unique(first).size == np.unique(second).size == 48
 
 
 def test_order_and_pixels_are_a_function_of_the_seed(labelled_stream):
@@ -51,7 +51,7 @@ def test_order_and_pixels_are_a_function_of_the_seed(labelled_stream):
 
 
 def test_epochs_differ_in_order_and_in_augmentation(labelled_stream):
-    batches = streaming.train_batches(labelled_stream, **{**SMALL, "num_epochs": 2})
+    batches = islice(streaming.train_batches(labelled_stream, **SMALL), 12)
     pictures: dict[int, list[np.ndarray]] = {}
     orders: list[int] = []
     for images, labels in batches:
@@ -79,50 +79,45 @@ def test_skipped_images_are_not_decoded(labelled_stream, monkeypatch):
     from asgd_jax.data.prepared import tensorflow_modules
 
     tf, _ = tensorflow_modules()
-    decoded = []
-    real = jpeg.decode_train
+    decoded = set()
 
-    def counting(encoded, draws, image_size, antialias):
-        def note(value):
-            decoded.append(1)
-            return value
+    def note(draws):
+        decoded.add(draws.numpy().tobytes())
+        return draws
 
-        encoded = tf.ensure_shape(tf.py_function(note, [encoded], tf.string), [])
-        return real(encoded, draws, image_size, antialias)
+    # No two images of a stream have equal draws.
+    monkeypatch.setattr(jpeg, "decode_train", lambda encoded, draws, image_size: draws)
+    whole = islice(streaming.train_batches(labelled_stream, **SMALL), 6)
+    draws = [{row.tobytes() for row in batch} for batch, _ in whole]
 
-    monkeypatch.setattr(jpeg, "decode_train", counting)
-    # Steps 4 and 5 are the last two of the epoch, whose last 2 images make no batch.
-    rest = list(streaming.train_batches(labelled_stream, **SMALL, start_step=4, num_epochs=1))
-    assert len(rest) == 2
-    assert len(decoded) == 16
+    def noting(encoded, draws, image_size):
+        return tf.ensure_shape(tf.py_function(note, [draws], tf.float32), [jpeg.NUM_DRAWS])
+
+    monkeypatch.setattr(jpeg, "decode_train", noting)
+    # Steps 4 and 5 are the last two of the epoch.
+    rest = islice(streaming.train_batches(labelled_stream, **SMALL, start_step=4), 2)
+    assert [labels.size for _, labels in rest] == [8, 8]
+    assert decoded >= draws[4] | draws[5]
+    assert decoded.isdisjoint(set.union(*draws[:4]))
 
 
 def test_processes_share_the_images_without_overlap(labelled_stream):
     shares = [
-        _labels(labelled_stream, batch_size=9, process_index=p, process_count=3) for p in range(3)
+        _labels(labelled_stream, 5, batch_size=9, process_index=p, process_count=3)
+        for p in range(3)
     ]
     assert [share.size for share in shares] == [15, 15, 15]
     assert np.unique(np.concatenate(shares)).size == 45
     # The share is the same one every epoch.
-    two = streaming.train_batches(
-        labelled_stream,
-        **{**SMALL, "batch_size": 9},
-        process_index=1,
-        process_count=3,
-        num_epochs=2,
-    )
-    assert len(np.unique(np.concatenate([labels for _, labels in two]))) <= NUM_TRAIN // 3
+    two = _labels(labelled_stream, 10, batch_size=9, process_index=1, process_count=3)
+    assert len(np.unique(two)) <= NUM_TRAIN // 3
 
 
 def test_processes_augment_independently(labelled_stream, monkeypatch):
     """Equal images at equal positions of two processes must not get equal crops."""
     monkeypatch.setattr(jpeg, "decode_train", lambda encoded, draws, *rest: draws)
     draws = [
-        next(
-            streaming.train_batches(
-                labelled_stream, **SMALL, process_index=p, process_count=2, num_epochs=1
-            )
-        )[0]
+        next(streaming.train_batches(labelled_stream, **SMALL, process_index=p, process_count=2))[0]
         for p in range(2)
     ]
     everything = np.concatenate(draws)
@@ -180,11 +175,8 @@ def test_bad_arguments_are_refused_at_the_call(labelled_stream, options, message
 @pytest.mark.realdata
 def test_imagenet_sample(tfds_data_dir):
     assert streaming.stream_sizes(tfds_data_dir) == (800, 200, 1000)
-    batches = streaming.train_batches(
-        tfds_data_dir, batch_size=256, image_size=64, num_epochs=1, shuffle_buffer=800
-    )
-    images, labels = zip(*batches, strict=True)
-    assert len(images) == 3
+    batches = streaming.train_batches(tfds_data_dir, batch_size=256, image_size=64)
+    images, labels = zip(*islice(batches, 3), strict=True)
     # One image a class, so every label can occur only once.
     assert np.unique(np.concatenate(labels)).size == 768
     assert 60 < np.concatenate(images).mean() < 180

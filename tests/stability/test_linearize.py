@@ -448,7 +448,7 @@ REFUSED = {
     "sharpness must be a finite number > 0, got 0": (optax.sgd, 1, {"sharpness": 0}),
     "at_update must be an integer >= 0, got -3": (optax.sgd, 1, {"at_update": -3}),
     "criterion must be one of mean, mean_square": (optax.sgd, 1, {"criterion": "mode"}),
-    "delay is too large": (optax.sgd, 1000, {}),
+    "delay is too large": (optax.sgd, 6000, {}),
 }
 
 

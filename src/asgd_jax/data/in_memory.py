@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from asgd_jax.data.facts import in_memory_facts
 from asgd_jax.data.normalize import Normalizer, channel_statistics, normalize_with
 from asgd_jax.data.prepared import prepared_builder, reading
 from asgd_jax.delays.processes import as_integer
 
-DATASETS = ("digits", "mnist", "cifar10", "cifar100")
 NORMALIZATIONS = ("own", "half")
 
 _DIGITS_VALIDATION = 360
@@ -49,7 +49,7 @@ def stratified_order(labels: np.ndarray, seed: int = 0) -> np.ndarray:
 
     Args:
       labels: integers of shape (n,).
-      seed: of the shuffle, an integer >= 0.
+      seed: of the shuffle.
 
     Returns:
       Integers of shape (n,), a permutation of 0, ..., n - 1.
@@ -58,7 +58,7 @@ def stratified_order(labels: np.ndarray, seed: int = 0) -> np.ndarray:
     >>> sorted(labels[stratified_order(labels)[:3]].tolist())
     [0, 0, 1]
     """
-    shuffled = np.random.default_rng(as_integer(seed, "seed")).permutation(len(labels))
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
     _, member_of, counts = np.unique(labels[shuffled], return_inverse=True, return_counts=True)
     by_class = np.argsort(member_of, kind="stable")
     rank = np.empty(len(labels))
@@ -66,7 +66,7 @@ def stratified_order(labels: np.ndarray, seed: int = 0) -> np.ndarray:
     return shuffled[np.argsort((rank + 0.5) / counts[member_of], kind="stable")]
 
 
-def _subset(arrays: Arrays, size: int | None, what: str, seed: int) -> Arrays:
+def _subset(arrays: Arrays, size: int | None, what: str) -> Arrays:
     """The first `size` in stratified order, put back in the order of the files."""
     images, labels = arrays
     if size is None:
@@ -75,23 +75,23 @@ def _subset(arrays: Arrays, size: int | None, what: str, seed: int) -> Arrays:
         raise ValueError(
             f"{what}={size}: there are {len(labels)} samples, ask for 1 to {len(labels)}"
         )
-    keep = np.sort(stratified_order(labels, seed)[:size])
+    keep = np.sort(stratified_order(labels)[:size])
     return images[keep], labels[keep]
 
 
-def _load_digits(seed: int) -> tuple[Arrays, Arrays, int]:
+def _load_digits() -> tuple[Arrays, Arrays]:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     # Intensities are 0, ..., 16: seventeen distinct bytes, so nothing is lost by the rounding.
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = bunch.target.astype(np.int32)
-    order = stratified_order(labels, seed)
+    order = stratified_order(labels)
     train, validation = np.sort(order[:-_DIGITS_VALIDATION]), np.sort(order[-_DIGITS_VALIDATION:])
-    return (images[train], labels[train]), (images[validation], labels[validation]), 10
+    return (images[train], labels[train]), (images[validation], labels[validation])
 
 
-def _load_tfds(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[Arrays, Arrays, int]:
+def _load_tfds(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[Arrays, Arrays]:
     builder = prepared_builder(name, data_dir)
 
     def read(split: str) -> Arrays:
@@ -100,7 +100,7 @@ def _load_tfds(name: str, data_dir: str | os.PathLike[str] | None) -> tuple[Arra
         return batch["image"].numpy(), batch["label"].numpy().astype(np.int32)
 
     with reading(builder):
-        return read("train"), read("test"), builder.info.features["label"].num_classes
+        return read("train"), read("test")
 
 
 def load(
@@ -110,7 +110,6 @@ def load(
     num_train: int | None = None,
     num_validation: int | None = None,
     normalize: str = "own",
-    seed: int = 0,
 ) -> Dataset:
     """Loads a data set into host memory, as uint8; `normalizer` turns it to float32 on the device.
 
@@ -126,8 +125,6 @@ def load(
       num_validation: the same for the validation set.
       normalize: "own" for the mean and standard deviation of each channel over the training
         samples kept, "half" for (x - 0.5) / 0.5 with x in [0, 1].
-      seed: picks the subsets and, for digits, the split. It isn't the run's seed: runs that are
-        compared should share it.
 
     Returns:
       A `Dataset`.
@@ -141,18 +138,17 @@ def load(
     >>> digits.train_images.shape, digits.validation_images.shape, digits.train_images.dtype
     ((1437, 8, 8, 1), (360, 8, 8, 1), dtype('uint8'))
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}: use one of {', '.join(DATASETS)}")
+    facts = in_memory_facts(name)
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"unknown normalize={normalize!r}: use one of {', '.join(NORMALIZATIONS)}")
-    read = _load_digits(seed) if name == "digits" else _load_tfds(name, data_dir)
-    train = _subset(read[0], num_train, "num_train", seed)
-    validation = _subset(read[1], num_validation, "num_validation", seed)
+    read = _load_digits() if name == "digits" else _load_tfds(name, data_dir)
+    train = _subset(read[0], num_train, "num_train")
+    validation = _subset(read[1], num_validation, "num_validation")
     if normalize == "own":
         mean, std = channel_statistics(train[0])
     else:
         mean = std = np.full(train[0].shape[-1], 0.5, np.float32)
-    return Dataset(name, *train, *validation, num_classes=read[2], mean=mean, std=std)
+    return Dataset(name, *train, *validation, facts.num_classes, mean, std)
 
 
 def normalizer(dataset: Dataset) -> Normalizer:

@@ -59,42 +59,38 @@ def crop_window(height: Any, width: Any, draws: Any) -> Any:
     return tf.cast(tf.concat([tf.minimum(offset, room), size], axis=0), tf.int32)
 
 
-def _decode_window(encoded: Any, window: Any) -> Any:
+def _decode(encoded: Any, window: Any, image_size: int) -> Any:
+    """The rectangle at `image_size`, as uint8."""
     tf, _ = tensorflow_modules()
     # TensorFlow's default cosine transform darkens red and blue by 0.005 of the range on average;
     # the accurate one takes no longer and gives the bytes of Pillow, which the paper's runs read.
-    return tf.image.decode_and_crop_jpeg(encoded, window, channels=3, dct_method="INTEGER_ACCURATE")
-
-
-def _resize(image: Any, image_size: int, antialias: bool) -> Any:
-    tf, _ = tensorflow_modules()
-    resized = tf.image.resize(image, [image_size, image_size], "bilinear", antialias=antialias)
+    method = "INTEGER_ACCURATE"
+    image = tf.image.decode_and_crop_jpeg(encoded, window, channels=3, dct_method=method)
+    resized = tf.image.resize(image, [image_size, image_size], "bilinear")
     # Weighted means stay within 0, ..., 255: adding a half and truncating is rounding, three times
     # cheaper than round, clip and cast.
     return tf.cast(resized + 0.5, tf.uint8)
 
 
-def decode_train(encoded: Any, draws: Any, image_size: int, antialias: bool = False) -> Any:
+def decode_train(encoded: Any, draws: Any, image_size: int) -> Any:
     """Decodes the random-resized crop and flips it with probability 1/2.
 
     Args:
       encoded: string scalar, a JPEG image.
       draws: float32 of shape (NUM_DRAWS,), uniform in [0, 1).
       image_size: pixels of a side of the result.
-      antialias: filter before shrinking.
 
     Returns:
       uint8 tensor of shape (image_size, image_size, 3).
     """
     tf, _ = tensorflow_modules()
     shape = tf.io.extract_jpeg_shape(encoded)
-    window = crop_window(shape[0], shape[1], draws)
-    image = _resize(_decode_window(encoded, window), image_size, antialias)
+    image = _decode(encoded, crop_window(shape[0], shape[1], draws), image_size)
     # A branch: `where` computes both and merges them, for a third of the image's whole cost.
     return tf.cond(draws[-1] < 0.5, lambda: tf.reverse(image, axis=[1]), lambda: image)
 
 
-def decode_validation(encoded: Any, image_size: int, antialias: bool = False) -> Any:
+def decode_validation(encoded: Any, image_size: int) -> Any:
     """Decodes the centre square whose side is 224/256 of the short side, at `image_size`.
 
     Up to the rounding of the square to whole pixels this is the image resized to a short side of
@@ -103,7 +99,6 @@ def decode_validation(encoded: Any, image_size: int, antialias: bool = False) ->
     Args:
       encoded: string scalar, a JPEG image.
       image_size: pixels of a side of the result.
-      antialias: filter before shrinking.
 
     Returns:
       uint8 tensor of shape (image_size, image_size, 3).
@@ -114,4 +109,4 @@ def decode_validation(encoded: Any, image_size: int, antialias: bool = False) ->
     side = tf.maximum(tf.cast(tf.round(short * _CENTRE), tf.int32), 1)
     offset = (shape - side) // 2
     window = tf.stack([offset[0], offset[1], side, side])
-    return _resize(_decode_window(encoded, window), image_size, antialias)
+    return _decode(encoded, window, image_size)

@@ -14,13 +14,10 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+from asgd_jax.data.facts import FACTS
+
 # TFDS retries an unreachable host for minutes; one short request tells beforehand.
 _PROBE_SECONDS = 5.0
-_DOWNLOADS = {
-    "mnist": "https://storage.googleapis.com/cvdf-datasets/mnist/t10k-labels-idx1-ubyte.gz",
-    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-    "cifar100": "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-}
 
 
 class DatasetNotFoundError(FileNotFoundError):
@@ -70,10 +67,14 @@ def resolve_data_dir(data_dir: str | os.PathLike[str] | None) -> str:
     return folder
 
 
+def _url(name: str) -> str | None:
+    return FACTS[name].url if name in FACTS else None
+
+
 def _not_found(name: str, folder: str, reason: str) -> DatasetNotFoundError:
     reason = " ".join(reason.split())[:200]
     other = "run where the network lets TFDS download it"
-    if name not in _DOWNLOADS:
+    if _url(name) is None:
         other = f"prepare it from its archives with `tfds build {name}`"
     return DatasetNotFoundError(
         f"{name} is not in {folder} and was not downloaded ({reason}): set TFDS_DATA_DIR or "
@@ -82,7 +83,7 @@ def _not_found(name: str, folder: str, reason: str) -> DatasetNotFoundError:
 
 
 def _download(builder: Any, name: str, folder: str) -> None:
-    url = _DOWNLOADS.get(name)
+    url = _url(name)
     if url is None:
         raise _not_found(name, folder, "TFDS has no automatic download of it")
     try:
@@ -90,9 +91,8 @@ def _download(builder: Any, name: str, folder: str) -> None:
         with urllib.request.urlopen(request, timeout=_PROBE_SECONDS):
             pass
         builder.download_and_prepare()
-    except (
-        Exception
-    ) as error:  # network, disk, checksum: whatever it was, the remedies are the same
+    # Network, disk, checksum: whatever it was, the remedies are the same.
+    except Exception as error:
         raise _not_found(name, folder, f"{type(error).__name__}: {error}") from error
 
 

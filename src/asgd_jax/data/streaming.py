@@ -7,7 +7,7 @@ earlier epochs aren't read at all, the earlier images of this epoch are read but
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,8 @@ from asgd_jax.delays.processes import as_integer
 NAME = "imagenet2012"
 
 PathLike = str | os.PathLike[str]
+_SHUFFLE_BUFFER = 8192  # encoded images held for shuffling (ImageNet: about 110 KB each)
+
 TrainBatch = tuple[np.ndarray, np.ndarray]
 ValidationBatch = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -32,18 +34,12 @@ class StreamSizes(NamedTuple):
 
 
 class _Share(NamedTuple):
+    """What one process reads of every epoch."""
+
     process_index: int
     process_count: int
     size: int
     used: int  # without the incomplete last batch
-
-
-class _Order(NamedTuple):
-    seed: int
-    buffer_size: int
-    first_epoch: int
-    skipped: int  # images of the first epoch that come before the first step
-    num_epochs: int | None
 
 
 def stream_sizes(data_dir: PathLike | None = None, *, name: str = NAME) -> StreamSizes:
@@ -97,8 +93,10 @@ def _read_encoded(builder: Any, split: str, start: int, stop: int, shuffle_seed:
     return dataset.map(lambda example: (example["image"], tf.cast(example["label"], tf.int32)))
 
 
-def _read_epochs(builder: Any, share: _Share, order: _Order) -> Any:
+def _read_epochs(builder: Any, share: _Share, seed: int, first_epoch: int, skipped: int) -> Any:
     """All epochs in turn: triples of draws for the augmentation, bytes and label.
+
+    The first one is read without its first `skipped` images.
 
     One graph serves every epoch, as the seeds are tensors: on a small set, building a graph for
     each would take as long as decoding its images.
@@ -107,17 +105,11 @@ def _read_epochs(builder: Any, share: _Share, order: _Order) -> Any:
     first = share.process_index * share.size
 
     def read_epoch(epoch: Any) -> Any:
-        seeds = tf.random.stateless_uniform(
-            [3],
-            tf.stack([tf.constant(order.seed, tf.int64), epoch]),
-            None,
-            None,
-            tf.int64,
-            "philox",
-        )
-        skipped = tf.where(epoch == order.first_epoch, tf.constant(order.skipped, tf.int64), 0)
+        key = tf.stack([tf.constant(seed, tf.int64), epoch])
+        seeds = tf.random.stateless_uniform([3], key, None, None, tf.int64, "philox")
+        skip = tf.where(epoch == first_epoch, tf.constant(skipped, tf.int64), 0)
         encoded = _read_encoded(builder, "train", first, first + share.size, seeds[0])
-        encoded = encoded.shuffle(order.buffer_size, seeds[1], reshuffle_each_iteration=False)
+        encoded = encoded.shuffle(_SHUFFLE_BUFFER, seeds[1], reshuffle_each_iteration=False)
 
         def draw(position: Any, example: tuple[Any, Any]) -> tuple[Any, Any, Any]:
             # A number of its own for every image of the epoch, over all processes.
@@ -125,11 +117,21 @@ def _read_epochs(builder: Any, share: _Share, order: _Order) -> Any:
             key = tf.stack([seeds[2], counter])
             return tf.random.stateless_uniform([jpeg.NUM_DRAWS], key, alg="philox"), *example
 
-        return encoded.take(share.used).enumerate().skip(skipped).map(draw)
+        return encoded.take(share.used).enumerate().skip(skip).map(draw)
 
     plain = tf.autograph.experimental.do_not_convert  # TFDS's reader isn't its to rewrite
-    last = np.iinfo(np.int64).max if order.num_epochs is None else order.num_epochs
-    return tf.data.Dataset.range(order.first_epoch, last).flat_map(plain(read_epoch))
+    epochs = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
+    return epochs.flat_map(plain(read_epoch))
+
+
+def _decode(images: Any, decode: Callable[..., Any]) -> Any:
+    """`decode` of all but the label, which comes last, on all cores and in order."""
+    tf, _ = tensorflow_modules()
+    return images.map(
+        lambda *example: (decode(*example[:-1]), example[-1]),
+        num_parallel_calls=tf.data.AUTOTUNE,
+        deterministic=True,
+    )
 
 
 def train_batches(
@@ -141,12 +143,9 @@ def train_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-    num_epochs: int | None = None,
-    shuffle_buffer: int = 8192,
-    antialias: bool = False,
     name: str = NAME,
 ) -> Iterator[TrainBatch]:
-    """Yields augmented training batches: random-resized crop and flip, in a reproducible order.
+    """Yields augmented training batches without end: random-resized crop and flip, reproducible.
 
     Process p of P reads its own contiguous 1/P of the images, the same ones every epoch. An epoch
     is num_train // batch_size steps, as in `plan_batches`; the incomplete last batch is dropped.
@@ -159,9 +158,6 @@ def train_batches(
       start_step: first step to yield.
       process_index: p, of this process (`jax.process_index()`).
       process_count: P (`jax.process_count()`).
-      num_epochs: where the stream ends, counted from step 0; never by default.
-      shuffle_buffer: encoded images held for shuffling (ImageNet: about 110 KB each).
-      antialias: filter before shrinking a crop; takes 0.5 to 1.2 ms of CPU time an image.
       name: TFDS's name of the data set, JPEG-coded with features "image" and "label".
 
     Returns:
@@ -180,19 +176,12 @@ def train_batches(
         raise ValueError(f"batch_size={batch_size} exceeds the {total} training images: lower it")
     epoch, position = divmod(as_integer(start_step, "start_step"), size // local)
     share = _Share(process_index, process_count, size, size - size % local)
-    order = _Order(as_integer(seed, "seed"), shuffle_buffer, epoch, position * local, num_epochs)
-    tf, _ = tensorflow_modules()
+    seed = as_integer(seed, "seed")
 
     def generate() -> Iterator[TrainBatch]:
         with reading(builder):
-            images = _read_epochs(builder, share, order).map(
-                lambda draws, encoded, label: (
-                    jpeg.decode_train(encoded, draws, image_size, antialias),
-                    label,
-                ),
-                num_parallel_calls=tf.data.AUTOTUNE,
-                deterministic=True,
-            )
+            encoded = _read_epochs(builder, share, seed, epoch, position * local)
+            images = _decode(encoded, lambda draw, x: jpeg.decode_train(x, draw, image_size))
             batches = images.batch(local, drop_remainder=True).prefetch(4)
             yield from batches.as_numpy_iterator()
 
@@ -206,7 +195,6 @@ def validation_batches(
     image_size: int = 224,
     process_index: int = 0,
     process_count: int = 1,
-    antialias: bool = False,
     name: str = NAME,
 ) -> Iterator[ValidationBatch]:
     """Yields the whole validation set once: short side to 256/224 of the size, centre crop.
@@ -215,13 +203,8 @@ def validation_batches(
     yields equally many batches, so that collective operations stay in step.
 
     Args:
-      data_dir: folder or `gs://` address of TFDS's prepared data; TFDS_DATA_DIR by default.
+      data_dir, image_size, process_index, process_count, name: as for `train_batches`.
       batch_size: samples of a batch over all processes; a multiple of `process_count`.
-      image_size: pixels of a side.
-      process_index: of this process.
-      process_count: of all.
-      antialias: as given to `train_batches`.
-      name: as given to `train_batches`.
 
     Returns:
       Iterator of (images, labels, mask): uint8 (b, image_size, image_size, 3), int32 (b,) and
@@ -244,14 +227,8 @@ def validation_batches(
             return
         tf, _ = tensorflow_modules()
         with reading(builder):
-            images = _read_encoded(builder, "validation", start, stop, None).map(
-                lambda encoded, label: (
-                    jpeg.decode_validation(encoded, image_size, antialias),
-                    label,
-                ),
-                num_parallel_calls=tf.data.AUTOTUNE,
-                deterministic=True,
-            )
+            encoded = _read_encoded(builder, "validation", start, stop, None)
+            images = _decode(encoded, lambda x: jpeg.decode_validation(x, image_size))
             yield from images.batch(local).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
 
     def generate() -> Iterator[ValidationBatch]:

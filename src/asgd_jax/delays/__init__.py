@@ -1,4 +1,8 @@
-"""Where staleness comes from: delay processes and a simulation of asynchronous workers."""
+"""Where staleness comes from: delay processes and a simulation of asynchronous workers.
+
+Imports nothing of this package. Start reading at `processes.py`, whose `DelayProcess` all others
+take; `workers.py` makes traces for it.
+"""
 
 from asgd_jax.delays.processes import (
     DelayProcess,

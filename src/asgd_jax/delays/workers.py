@@ -41,9 +41,9 @@ def simulate_workers(
     * `"round_robin"`: worker $t \bmod N$ pushes; $\tau_t = \min(t, N - 1)$ exactly.
     * `"random"`: each push comes from a uniformly random worker; $\tau$ is geometric,
       $P(\tau = k) = (1/N)(1 - 1/N)^k$, of standard deviation $\sqrt{N (N - 1)}$.
-    * `"normal"`: a worker that has waited $w$ pushes, its own included, is picked with probability
-      proportional to the hazard rate $P(W = w) / P(W \ge w)$ of $W$, a normal of mean $N$ and
-      standard deviation $0.23 N$ rounded to integers. The hazards of the N workers sum to about 1,
+    * `"normal"`, of fig. 9: a worker that has waited $w$ pushes, its own included, is picked with
+      probability proportional to the hazard rate $P(W = w) / P(W \ge w)$ of $W$, a normal of mean
+      $N$ and standard deviation $0.23 N$ rounded to integers. The hazards of all sum to about 1,
       so that waiting times are distributed about as $W$: $\tau = N - 1 \pm 0.23 N$. (Weights
       proportional to the normal *density* would starve a worker that has waited far too long.)
     * a callable `sampler(rng, worker) -> float`: the time that this worker takes for its next
@@ -69,8 +69,6 @@ def simulate_workers(
     array([0, 1, 2, 2, 2, 2], dtype=int32)
     >>> simulate_workers(2, 6, schedule=lambda rng, worker: [1.0, 3.5][worker])
     array([0, 0, 0, 3, 1, 0], dtype=int32)
-
-    Source: the paper, fig. 9 (Gaussian delay) for `"normal"`; eq. 5 for round robin.
     """
     num_workers = as_integer(num_workers, "num_workers")
     num_updates = as_integer(num_updates, "num_updates")

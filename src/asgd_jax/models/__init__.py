@@ -1,4 +1,8 @@
-"""Flax models of the experiments, by name: `create("vgg11", num_classes=10)`."""
+"""Flax models of the experiments, by name: `create("vgg11", num_classes=10)`.
+
+May import `delays` only. Start reading at `factory.py`, which lists them; `layers.py` has the
+convolutions, pooling and BatchNorm that they are made of.
+"""
 
 from asgd_jax.models.factory import MODELS, create, model_options
 from asgd_jax.models.layers import Conv, max_pool

@@ -10,19 +10,20 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from asgd_jax.delays import as_integer
+from asgd_jax.models.classifier import Classifier
 from asgd_jax.models.layers import resolve_conv_impl
 from asgd_jax.models.mlp import MLP
 from asgd_jax.models.mnist_cnn import BatchNormCNN, LeNet
 from asgd_jax.models.resnet import ResNet
 from asgd_jax.models.vgg import VGG11
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
+MODELS: dict[str, Callable[..., Classifier]] = {
     "mlp": MLP,
     "digits_cnn": partial(LeNet, channels=(16, 32), kernel_size=3, padding="SAME", hidden=()),
     "mnist_cnn": LeNet,
     "mnist_cnn_bn": BatchNormCNN,
     "vgg11": VGG11,
-    "resnet20": partial(ResNet, stage_sizes=(3, 3, 3)),
+    "resnet20": ResNet,
     "resnet44": partial(ResNet, stage_sizes=(7, 7, 7)),
     "resnet50": partial(
         ResNet,
@@ -33,8 +34,6 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         zero_init_residual=True,
     ),
 }
-# Attributes that are create()'s own arguments, or Flax's.
-_NOT_OPTIONS = {"num_classes", "width", "dtype", "conv_impl", "parent", "name"}
 
 
 def model_options(name: str) -> list[str]:
@@ -46,7 +45,13 @@ def model_options(name: str) -> list[str]:
     >>> model_options("mlp")
     ['activation', 'hidden']
     """
-    return sorted(_attributes(name) - _NOT_OPTIONS)
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose one of {sorted(MODELS)}")
+    factory = MODELS[name]
+    module = factory.func if isinstance(factory, partial) else factory
+    # All but what is create()'s own, or Flax's.
+    own = {field.name for field in fields(module)}  # type: ignore[arg-type]
+    return sorted(own - {field.name for field in fields(Classifier)})
 
 
 def create(
@@ -82,12 +87,9 @@ def create(
     >>> create("mlp", num_classes=10, hidden=(32, 32)).hidden
     (32, 32)
     """
-    known = _attributes(name)
-    unknown = sorted(set(options) - (known - _NOT_OPTIONS))
-    if unknown:
-        raise ValueError(
-            f"model {name!r} has no option {unknown[0]!r}: it takes {model_options(name)}"
-        )
+    known = model_options(name)
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(f"model {name!r} has no option {unknown[0]!r}: it takes {known}")
     if as_integer(num_classes, "num_classes") == 0:
         raise ValueError("num_classes must be >= 1, got 0")
     if not (math.isfinite(width) and width > 0):
@@ -95,22 +97,11 @@ def create(
     resolve_conv_impl(conv_impl)
     if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
         raise ValueError(f"dtype must be a floating type, got {jnp.dtype(dtype)}: use float32")
-    # A model without convolutions has no use for conv_impl; it accepts and ignores it, so that one
-    # config field serves every model.
-    common = {"num_classes": num_classes, "width": width, "dtype": jnp.dtype(dtype)}
-    if "conv_impl" in known:
-        common["conv_impl"] = conv_impl
-    return MODELS[name](**common, **{key: _hashable(value) for key, value in options.items()})
-
-
-def _attributes(name: str) -> set[str]:
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}: choose one of {sorted(MODELS)}")
-    factory = MODELS[name]
-    module = factory.func if isinstance(factory, partial) else factory
-    return {field.name for field in fields(module)}  # type: ignore[arg-type]
-
-
-def _hashable(value: Any) -> Any:
-    # Config files hold lists; a module is hashed by its attributes when it is a static argument.
-    return tuple(value) if isinstance(value, list) else value
+    return MODELS[name](
+        num_classes=num_classes,
+        width=width,
+        dtype=jnp.dtype(dtype),
+        conv_impl=conv_impl,
+        # Config files hold lists; a module that is a static argument is hashed by its attributes.
+        **{key: tuple(v) if isinstance(v, list) else v for key, v in options.items()},
+    )

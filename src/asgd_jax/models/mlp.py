@@ -1,12 +1,11 @@
 """Fully connected network: the smallest model that has a sharpness worth following."""
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
+from asgd_jax.models.classifier import Classifier
 from asgd_jax.models.layers import scale_width
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -16,18 +15,16 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-class MLP(nn.Module):
+class MLP(Classifier):
     """Dense layers with an activation between them; images are flattened.
 
     Initialisation: Flax's default, LeCun normal kernels (variance 1 / fan in) and zero biases.
 
-    Attributes:
-      num_classes: number of logits.
+    Attributes, beside those of `Classifier`:
       hidden: width of each hidden layer, before the width multiplier; () is a linear model.
       activation: "tanh", "relu" or "gelu". Tanh is smooth, which curvature experiments want.
-      width: multiplies every hidden width.
-      dtype: of the computation; parameters and logits are float32.
 
+    >>> import jax.numpy as jnp
     >>> digits = jnp.zeros((2, 8, 8, 1))
     >>> variables = jax.eval_shape(
     ...     lambda key: MLP(num_classes=10).init(key, digits, train=False), jax.random.key(0)
@@ -36,11 +33,8 @@ class MLP(nn.Module):
     (64, 64)
     """
 
-    num_classes: int
     hidden: tuple[int, ...] = (64,)
     activation: str = "tanh"
-    width: float = 1.0
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -53,4 +47,4 @@ class MLP(nn.Module):
         x = x.reshape(x.shape[0], -1).astype(self.dtype)
         for units in self.hidden:
             x = activate(nn.Dense(scale_width(units, self.width), dtype=self.dtype)(x))
-        return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+        return self.classify(x)

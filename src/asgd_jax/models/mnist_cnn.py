@@ -1,40 +1,31 @@
 """Small convolutional networks for digits: the one of fig. 1 and one with BatchNorm."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from asgd_jax.models.classifier import HE_NORMAL, Classifier
 from asgd_jax.models.layers import Conv, batch_norm, max_pool, resolve_conv_impl, scale_width
 
 
-class LeNet(nn.Module):
+class LeNet(Classifier):
     """Convolution, ReLU, 2x2 max pooling, repeated; then dense layers. No BatchNorm.
 
     The defaults are fig. 1's network for 28x28 MNIST: conv20 5x5, pool, conv50 5x5, pool, fc500,
     ReLU, fc10, with unpadded convolutions (431,080 parameters).
     Initialisation: Flax's default, LeCun normal kernels (variance 1 / fan in) and zero biases.
 
-    Attributes:
-      num_classes: number of logits.
+    Attributes, beside those of `Classifier`:
       channels: output channels of each convolution, before the width multiplier.
       kernel_size: side of every kernel, in pixels.
       padding: "VALID" or "SAME".
       hidden: width of each hidden dense layer, before the width multiplier.
-      width: multiplies every channel count and hidden width.
-      dtype: of the computation; parameters and logits are float32.
-      conv_impl: see `layers.Conv`.
     """
 
-    num_classes: int
     channels: tuple[int, ...] = (20, 50)
     kernel_size: int = 5
     padding: str = "VALID"
     hidden: tuple[int, ...] = (500,)
-    width: float = 1.0
-    dtype: Any = jnp.float32
-    conv_impl: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -57,28 +48,17 @@ class LeNet(nn.Module):
         x = x.reshape(x.shape[0], -1)
         for units in self.hidden:
             x = nn.relu(nn.Dense(scale_width(units, self.width), dtype=self.dtype)(x))
-        return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+        return self.classify(x)
 
 
-class BatchNormCNN(nn.Module):
+class BatchNormCNN(Classifier):
     """Four 3x3 convolutions of 32, 64, 64 and 128 channels with BatchNorm; global average; dense.
 
     The channel counts are those of the authors' MNIST program. The rest is this project's reading:
     padded convolutions without bias, each followed by BatchNorm and ReLU, 2x2 max pooling after the
     second and the fourth, then the mean over positions and one dense layer.
     Initialisation: He normal by fan out (variance 2 / fan out), BatchNorm scales 1.
-
-    Attributes:
-      num_classes: number of logits.
-      width: multiplies every channel count.
-      dtype: of the computation; parameters, statistics and logits are float32.
-      conv_impl: see `layers.Conv`.
     """
-
-    num_classes: int
-    width: float = 1.0
-    dtype: Any = jnp.float32
-    conv_impl: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -88,11 +68,10 @@ class BatchNormCNN(nn.Module):
                 scale_width(channels, self.width),
                 use_bias=False,
                 dtype=self.dtype,
-                kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+                kernel_init=HE_NORMAL,
                 conv_impl=self.conv_impl,
             )(x)
             x = batch_norm(train, self.dtype)(x)
             # Pooling before ReLU: see LeNet.
             x = nn.relu(max_pool(x) if index % 2 else x)
-        x = x.mean(axis=(1, 2))
-        return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+        return self.classify(x.mean(axis=(1, 2)))

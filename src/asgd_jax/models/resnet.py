@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from asgd_jax.models.layers import Conv, Initializer, batch_norm, max_pool, scale_width
+from asgd_jax.models.classifier import HE_NORMAL, Classifier
+from asgd_jax.models.layers import Conv, batch_norm, max_pool, scale_width
 
 SHORTCUTS = ("projection", "identity")
 # A bottleneck block ends in four times the channels of its 3x3 convolution.
@@ -74,7 +75,6 @@ def _conv(
     features: int, size: int, stride: int, *, dtype: Any, conv_impl: str, name: str | None = None
 ) -> Conv:
     # Padding of size // 2 on every side, as PyTorch has it: "SAME" pads strided layers unevenly.
-    kernel_init: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     return Conv(
         features,
         (size, size),
@@ -82,13 +82,13 @@ def _conv(
         padding=((size // 2, size // 2),) * 2,
         use_bias=False,
         dtype=dtype,
-        kernel_init=kernel_init,
+        kernel_init=HE_NORMAL,
         conv_impl=conv_impl,
         name=name,
     )
 
 
-class ResNet(nn.Module):
+class ResNet(Classifier):
     """Stages of residual blocks, the first block of each later stage with stride 2; mean; dense.
 
     ResNet-20 and -44 (depth 6n + 2, n = 3 and 7 blocks a stage, 16-32-64 channels, 3x3 stem) have
@@ -99,8 +99,7 @@ class ResNet(nn.Module):
     for convolutions, dense kernel normal of standard deviation 0.01, scales 1 except the last of
     each block under `zero_init_residual`.
 
-    Attributes:
-      num_classes: number of logits.
+    Attributes, beside those of `Classifier`:
       stage_sizes: number of blocks of each stage.
       channels: of the 3x3 convolutions of each stage, before the width multiplier.
       bottleneck: three-layer blocks, see `ResidualBlock`.
@@ -108,21 +107,14 @@ class ResNet(nn.Module):
         else one 3x3 convolution.
       shortcut: "projection" or "identity", see `ResidualBlock`.
       zero_init_residual: see `ResidualBlock`.
-      width: multiplies every channel count.
-      dtype: of the computation; parameters, statistics and logits are float32.
-      conv_impl: see `layers.Conv`.
     """
 
-    num_classes: int
-    stage_sizes: tuple[int, ...]
+    stage_sizes: tuple[int, ...] = (3, 3, 3)
     channels: tuple[int, ...] = (16, 32, 64)
     bottleneck: bool = False
     imagenet_stem: bool = False
     shortcut: str = "projection"
     zero_init_residual: bool = False
-    width: float = 1.0
-    dtype: Any = jnp.float32
-    conv_impl: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -148,8 +140,4 @@ class ResNet(nn.Module):
                     dtype=self.dtype,
                     conv_impl=self.conv_impl,
                 )(x, train=train)
-        x = x.mean(axis=(1, 2))
-        head = nn.Dense(
-            self.num_classes, dtype=self.dtype, kernel_init=nn.initializers.normal(0.01)
-        )
-        return head(x).astype(jnp.float32)
+        return self.classify_mean(x)

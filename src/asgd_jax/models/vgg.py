@@ -1,11 +1,9 @@
 """VGG-11 for CIFAR: eight convolutions and one dense layer (figs. 2, 3 and 12)."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
+from asgd_jax.models.classifier import HE_NORMAL, Classifier
 from asgd_jax.models.layers import Conv, batch_norm, max_pool, scale_width
 
 # Output channels, and whether 2x2 max pooling follows.
@@ -21,28 +19,20 @@ _VGG11 = (
 )
 
 
-class VGG11(nn.Module):
+class VGG11(Classifier):
     """VGG-11 with a single 512 -> num_classes dense layer; 9,225,610 parameters for ten classes.
 
     The five poolings take a 32x32 image to one position; larger images are averaged over positions.
     Initialisation, as torchvision's VGG: He normal by fan out (variance 2 / fan out) for
     convolutions, normal of standard deviation 0.01 for the dense layer, zero biases.
 
-    Attributes:
-      num_classes: number of logits.
+    Attributes, beside those of `Classifier`:
       batch_norm: adds BatchNorm after each convolution, whose bias it replaces. The paper's
         experiments have none: BatchNorm makes the loss scale-free in the weights, which blurs what
         a stability threshold means.
-      width: multiplies every channel count.
-      dtype: of the computation; parameters, statistics and logits are float32.
-      conv_impl: see `layers.Conv`.
     """
 
-    num_classes: int
     batch_norm: bool = False
-    width: float = 1.0
-    dtype: Any = jnp.float32
-    conv_impl: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -52,14 +42,10 @@ class VGG11(nn.Module):
                 scale_width(channels, self.width),
                 use_bias=not self.batch_norm,
                 dtype=self.dtype,
-                kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+                kernel_init=HE_NORMAL,
                 conv_impl=self.conv_impl,
             )(x)
             x = batch_norm(train, self.dtype)(x) if self.batch_norm else x
             # Pooling before ReLU: the same in value and gradient, on a quarter of the entries.
             x = nn.relu(max_pool(x) if pooled else x)
-        x = x.mean(axis=(1, 2))
-        head = nn.Dense(
-            self.num_classes, dtype=self.dtype, kernel_init=nn.initializers.normal(0.01)
-        )
-        return head(x).astype(jnp.float32)
+        return self.classify_mean(x)

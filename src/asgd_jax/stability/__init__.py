@@ -1,4 +1,8 @@
-"""When delayed SGD is stable: thresholds, growth times, learning-rate rules."""
+"""When delayed SGD is stable: thresholds, growth times, learning-rate rules, any optimizer.
+
+May import `delays`, `transforms`, jax, optax, numpy and scipy. Start reading at `characteristic.py`
+and `thresholds.py`; the calculator for optimizers begins at `linearize.py`.
+"""
 
 from asgd_jax.stability.characteristic import characteristic_polynomial
 from asgd_jax.stability.growth import growth_time, spectral_radius

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, TypeGuard
 
 import numpy as np
 
@@ -14,6 +14,20 @@ Criterion: TypeAlias = Literal["mean", "mean_square"]
 
 KINDS = ("heavy_ball", "shifted")
 CRITERIA = ("mean", "mean_square")
+
+
+class MethodOptions(TypedDict, total=False):
+    """The method, as `max_learning_rate` documents it: what `as_momentum` takes."""
+
+    momentum: float
+    kind: Kind
+    dampening: bool
+
+
+class Options(MethodOptions, total=False):
+    """The method and what stability means, as `max_learning_rate` documents it."""
+
+    criterion: Criterion
 
 
 class Momentum(NamedTuple):
@@ -30,7 +44,9 @@ class Momentum(NamedTuple):
     gain: float
 
 
-def as_momentum(momentum: float, kind: str, dampening: bool) -> Momentum:
+def as_momentum(
+    momentum: float = 0.0, kind: str = "heavy_ball", dampening: bool = True
+) -> Momentum:
     """Returns the checked momentum; at m = 0 every kind is plain gradient descent.
 
     Raises:

@@ -40,6 +40,12 @@ class _Series(NamedTuple):
     slope: float  # bound of |da/domega|
     mean_delay: float  # bound of |dq/domega|
 
+    def table(self) -> np.ndarray:
+        """Columns whose sums with exp(i j omega) are T, its first two derivatives, and conj(q)."""
+        index = np.arange(self.coefficients.size + 1, dtype=np.float64)
+        b = np.append(0.0, self.coefficients)
+        return np.stack([b, b * index, b * index**2, np.append(self.pmf, 0.0)], axis=1)
+
 
 class _Cells(NamedTuple):
     """Cells of equal half width: centres, T and its two derivatives, a and q there."""
@@ -111,34 +117,25 @@ def _sine_series(pmf: np.ndarray, momentum: Momentum) -> _Series:
 def _grid(series: _Series, number: int) -> _Cells:
     """Cells that cover [0, pi], through the FFT."""
     half = math.pi / (2 * number)
-    centre = half * (2.0 * np.arange(number) + 1.0)
-
-    def at_centres(coefficients: np.ndarray) -> np.ndarray:
-        shifted = coefficients * np.exp(-1j * half * np.arange(coefficients.size))
-        return np.fft.fft(shifted, 2 * number)[:number].conj()
-
-    index = np.arange(series.coefficients.size + 1, dtype=np.float64)
-    b = np.concatenate([[0.0], series.coefficients])
-    sums = [at_centres(b * index**power) for power in range(3)]
-    return _as_cells(series, centre, half, sums, at_centres(series.pmf).conj())
+    table = series.table()
+    shifts = np.exp(-1j * half * np.arange(len(table)))
+    sums = np.fft.fft(table * shifts[:, None], 2 * number, axis=0)[:number].conj()
+    return _as_cells(series, half * (2.0 * np.arange(number) + 1.0), half, sums)
 
 
 def _evaluate(series: _Series, centre: np.ndarray, half: float) -> _Cells:
     """The same for given centres, by direct sums."""
-    index = np.arange(series.coefficients.size + 1, dtype=np.float64)
-    b = np.concatenate([[0.0], series.coefficients])
-    table = np.stack([b, b * index, b * index**2, np.append(series.pmf, 0.0)], axis=1)
-    blocks = [np.zeros((0, 4), complex)]
+    table = series.table()
+    sums = [np.zeros((0, 4), complex)]
     for start in range(0, centre.size, _ROWS):
-        blocks.append(np.exp(1j * np.outer(centre[start : start + _ROWS], index)) @ table)
-    sums = np.concatenate(blocks).T
-    return _as_cells(series, centre, half, list(sums[:3]), sums[3].conj())
+        block = centre[start : start + _ROWS]
+        sums.append(np.exp(1j * np.outer(block, np.arange(len(table)))) @ table)
+    return _as_cells(series, centre, half, np.concatenate(sums))
 
 
-def _as_cells(
-    series: _Series, centre: np.ndarray, half: float, sums: list[np.ndarray], delayed: np.ndarray
-) -> _Cells:
-    value, first, second = sums[0].imag, sums[1].real, -sums[2].imag
+def _as_cells(series: _Series, centre: np.ndarray, half: float, sums: np.ndarray) -> _Cells:
+    value, first, second, delayed = sums[:, 0].imag, sums[:, 1].real, -sums[:, 2].imag, sums[:, 3]
+    delayed = delayed.conj()
     drift = _drift(np.exp(1j * centre), delayed, series.momentum)
     return _Cells(centre, half * _OVERLAP, value, first, second, drift, delayed)
 

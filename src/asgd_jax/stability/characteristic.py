@@ -1,10 +1,12 @@
 """The characteristic polynomial of delayed gradient descent on a quadratic."""
 
+from typing import Unpack
+
 import numpy as np
 
 from asgd_jax.stability.arguments import (
     Delay,
-    Kind,
+    MethodOptions,
     Momentum,
     as_delay,
     as_momentum,
@@ -14,12 +16,7 @@ from asgd_jax.stability.arguments import (
 
 
 def characteristic_polynomial(
-    delay: Delay,
-    *,
-    step: float,
-    momentum: float = 0.0,
-    kind: Kind = "heavy_ball",
-    dampening: bool = True,
+    delay: Delay, *, step: float, **method: Unpack[MethodOptions]
 ) -> np.ndarray:
     r"""Coefficients of the characteristic polynomial, highest degree first.
 
@@ -38,9 +35,7 @@ def characteristic_polynomial(
     Args:
       delay: int >= 0; or a mass function of shape (max_delay + 1,); or a DelayProcess with a pmf.
       step: h = learning rate x sharpness, >= 0.
-      momentum: coefficient m in [0, 1).
-      kind: "heavy_ball" (standard momentum) or "shifted".
-      dampening: whether the gradient enters the momentum with the factor 1 - m.
+      **method: momentum, kind and dampening, as in `max_learning_rate`.
 
     Returns:
       float64 array, as `numpy.roots` takes it: shape (max_delay + 2,) without momentum;
@@ -57,7 +52,7 @@ def characteristic_polynomial(
     References:
       Giladi, Nacson, Hoffer, Soudry, "At Stability's Edge", ICLR 2020, eqs. 5, 11, 19, 25.
     """
-    checked = as_momentum(momentum, kind, dampening)
+    checked = as_momentum(**method)
     return build_polynomial(as_pmf(as_delay(delay)), as_step(step), checked)
 
 

@@ -13,15 +13,14 @@ branch the modulus is a function of the angle, and h grows with it: one brackete
 
 import cmath
 import math
-from collections.abc import Callable
 
-from scipy.optimize import brentq
+from scipy.special import expm1
 
 from asgd_jax.stability.arguments import Momentum
+from asgd_jax.stability.root_finding import bracketed_root, increasing_root
 
-_SMALLEST_ANGLE = (
-    1e-7  # of (tau + 1) phi: nearer to the collision of two real roots than float64 sees
-)
+# Of (tau + 1) phi: nearer to the collision of two real roots than float64 sees.
+_SMALLEST_ANGLE = 1e-7
 
 
 def dominant_exponent(delay: int, step: float, momentum: Momentum) -> complex:
@@ -86,7 +85,9 @@ def _collision(delay: int, m: float, n: int) -> float:
 
     lowest = max(lowest, math.log(m) / n)
     # Without momentum the maximum would lie at the first of the two ends; momentum moves it up.
-    return _bracketed(slope, lowest, 0.0, 1e-16 / n) if slope(lowest) > 0.0 else lowest
+    if slope(lowest) <= 0.0:
+        return lowest
+    return bracketed_root(slope, lowest, 0.0, xtol=1e-16 / n)
 
 
 def _real_exponent(delay: int, m: float, n: int, collision: float, force: float) -> float:
@@ -95,8 +96,8 @@ def _real_exponent(delay: int, m: float, n: int, collision: float, force: float)
     highest = -force / (1.0 - m)
     if collision >= highest or _log_force(delay, m, n, highest) >= target:
         return highest
-    return _bracketed(
-        lambda x: _log_force(delay, m, n, x) - target, collision, highest, 1e-14 * -highest
+    return bracketed_root(
+        lambda x: _log_force(delay, m, n, x) - target, collision, highest, xtol=1e-14 * -highest
     )
 
 
@@ -111,7 +112,7 @@ def _complex_exponent(delay: int, m: float, n: int, force: float) -> complex:
 
     def excess(theta: float) -> float:
         exponent = at(theta)
-        rest = abs(_expm1(exponent)) * abs(1.0 - m * cmath.exp(-n * exponent))
+        rest = abs(expm1(exponent)) * abs(1.0 - m * cmath.exp(-n * exponent))
         return delay * exponent.real + math.log(rest) - target
 
     low, high = _SMALLEST_ANGLE, math.pi * (1.0 - 1e-15)
@@ -119,7 +120,7 @@ def _complex_exponent(delay: int, m: float, n: int, force: float) -> complex:
         return at(low)
     if excess(high) <= 0.0:
         return at(high)
-    return at(_bracketed(excess, low, high, 1e-13))
+    return at(bracketed_root(excess, low, high, xtol=1e-13))
 
 
 def _heavy_ball_modulus(delay: int, m: float, phi: float, theta: float) -> float:
@@ -140,47 +141,29 @@ def _shifted_modulus(delay: int, m: float, phi: float, theta: float) -> float:
     def imaginary(u: float) -> float:
         return math.exp(u / (delay + 1)) * sines[0] - sines[1] - sines[2] * math.exp(-u)
 
-    low, high = -1.0, 1.0
-    while imaginary(low) > 0.0:
-        low *= 2.0
-    while imaginary(high) < 0.0:
-        high *= 2.0
-    return _bracketed(imaginary, low, high, 1e-14) / (delay + 1)
-
-
-def _bracketed(function: Callable[[float], float], low: float, high: float, width: float) -> float:
-    # The exponentials of a huge step or delay make Brent's method bisect for long.
-    return brentq(function, low, high, xtol=width, maxiter=1000)
+    return increasing_root(imaginary, 1.0, xtol=1e-14) / (delay + 1)
 
 
 def _polish(delay: int, m: float, n: int, force: float, guess: complex) -> complex:
-    """Newton steps on the logarithm of the equation: relative accuracy at any delay."""
+    """Newton steps on the logarithm of the equation: relative accuracy at any delay.
+
+    Each is kept only if it makes the residual smaller.
+    """
     target = math.log(force)
 
     def residual(exponent: complex) -> complex:
-        rest = _expm1(exponent) * (1.0 - m * cmath.exp(-n * exponent))
+        rest = complex(expm1(exponent)) * (1.0 - m * cmath.exp(-n * exponent))
         value = delay * exponent + cmath.log(rest) - target - 1j * math.pi
         # Any multiple of 2 pi i is the same equation.
         return complex(value.real, math.remainder(value.imag, 2.0 * math.pi))
 
-    return _newton(residual, lambda exponent: _log_slope(delay, m, n, exponent), guess)
-
-
-def _log_slope(delay: int, m: float, n: int, exponent: complex) -> complex:
-    decay = m * cmath.exp(-n * exponent)
-    return delay - 1.0 / _expm1(-exponent) + n * decay / (1.0 - decay)
-
-
-def _newton(
-    residual: Callable[[complex], complex], slope: Callable[[complex], complex], guess: complex
-) -> complex:
-    """A few Newton steps, each kept only if it makes the residual smaller."""
     error = residual(guess)
     for _ in range(6):
-        derivative = slope(guess)
-        if error == 0 or derivative == 0:
+        decay = m * cmath.exp(-n * guess)
+        slope = delay - 1.0 / complex(expm1(-guess)) + n * decay / (1.0 - decay)
+        if error == 0 or slope == 0:
             break
-        proposal = guess - error / derivative
+        proposal = guess - error / slope
         if proposal == 0 or abs(proposal - guess) > 0.5 * abs(guess):
             break
         new_error = residual(proposal)
@@ -188,11 +171,3 @@ def _newton(
             break
         guess, error = proposal, new_error
     return guess if guess.imag >= 0.0 else guess.conjugate()
-
-
-def _expm1(exponent: complex) -> complex:
-    """exp(x) - 1 for complex x without cancellation near 0."""
-    real = math.expm1(exponent.real)
-    half_sine = math.sin(exponent.imag / 2.0)
-    growth = real + 1.0
-    return complex(real - growth * 2.0 * half_sine * half_sine, growth * math.sin(exponent.imag))

@@ -1,6 +1,7 @@
 """How fast delayed gradient descent leaves, or approaches, a minimum."""
 
 import math
+from typing import Unpack
 
 import numpy as np
 
@@ -8,7 +9,8 @@ from asgd_jax.stability.arguments import (
     CRITERIA,
     Criterion,
     Delay,
-    Kind,
+    MethodOptions,
+    Options,
     as_delay,
     as_momentum,
     as_step,
@@ -16,7 +18,7 @@ from asgd_jax.stability.arguments import (
 )
 from asgd_jax.stability.characteristic import build_polynomial
 from asgd_jax.stability.dominant_root import dominant_exponent
-from asgd_jax.stability.mean_square import mean_square_radius
+from asgd_jax.stability.mean_square import log_or_minus_inf, mean_square_radius
 from asgd_jax.stability.schur_cohn import largest_modulus
 
 # Above this degree the O(n^3) eigenvalues of the companion matrix take longer than fifty O(n^2)
@@ -25,15 +27,7 @@ _DENSE_DEGREE = 150
 _NO_GROWTH = 1e-14  # a growth a step that rounding of the roots can produce
 
 
-def spectral_radius(
-    delay: Delay,
-    *,
-    step: float,
-    momentum: float = 0.0,
-    kind: Kind = "heavy_ball",
-    dampening: bool = True,
-    criterion: Criterion = "mean",
-) -> float:
+def spectral_radius(delay: Delay, *, step: float, **options: Unpack[Options]) -> float:
     r"""Factor by which x grows in one step in the long run: the largest characteristic root.
 
     Constant delays (tested to $10^9$): a bracketed search along the branch of the dominant root,
@@ -44,11 +38,9 @@ def spectral_radius(
     Args:
       delay: int >= 0; or a mass function of shape (max_delay + 1,); or a DelayProcess with a pmf.
       step: h = learning rate x sharpness, >= 0.
-      momentum: coefficient m in [0, 1).
-      kind: "heavy_ball" or "shifted".
-      dampening: whether the gradient enters the momentum with the factor 1 - m.
-      criterion: "mean": growth of E[x]; "mean_square": growth of the root mean square
-        $\sqrt{E[x^2]}$. They agree for a constant delay.
+      **options: momentum, kind and dampening, as in `max_learning_rate`; and criterion, "mean" for
+        the growth of E[x], "mean_square" for that of the root mean square $\sqrt{E[x^2]}$. They
+        agree for a constant delay.
 
     Returns:
       The factor, >= 0; above 1 the minimum is unstable.
@@ -62,25 +54,17 @@ def spectral_radius(
     References:
       Giladi, Nacson, Hoffer, Soudry, "At Stability's Edge", ICLR 2020, eqs. 5, 11, 19, 25.
     """
-    return math.exp(_log_radius(delay, step, momentum, kind, dampening, criterion))
+    return math.exp(_log_radius(delay, step, **options))
 
 
-def growth_time(
-    delay: Delay,
-    *,
-    step: float,
-    momentum: float = 0.0,
-    kind: Kind = "heavy_ball",
-    dampening: bool = True,
-    criterion: Criterion = "mean",
-) -> float:
+def growth_time(delay: Delay, *, step: float, **options: Unpack[Options]) -> float:
     r"""Steps in which x grows by a factor e, $1 / \log \max |z|$.
 
     Just above the threshold this is long and grows with the delay: a run that looks for divergence
     needs a budget of several growth times, or it calls an unstable minimum stable.
 
     Args:
-      delay, step, momentum, kind, dampening, criterion: as in `spectral_radius`.
+      delay, step, **options: as in `spectral_radius`.
 
     Returns:
       Steps (updates of the server) > 0; inf where the minimum is stable.
@@ -94,27 +78,23 @@ def growth_time(
     >>> growth_time(0, step=1.0)
     inf
     """
-    log_radius = _log_radius(delay, step, momentum, kind, dampening, criterion)
+    log_radius = _log_radius(delay, step, **options)
     return 1.0 / log_radius if log_radius > _NO_GROWTH else math.inf
 
 
 def _log_radius(
-    delay: Delay, step: float, momentum: float, kind: str, dampening: bool, criterion: str
+    delay: Delay, step: float, criterion: Criterion = "mean", **method: Unpack[MethodOptions]
 ) -> float:
     """Logarithm of the spectral radius, accurate for the slow growth of large delays."""
-    checked = as_momentum(momentum, kind, dampening)
+    checked = as_momentum(**method)
     step = as_step(step)
     choose(criterion, CRITERIA, "criterion")
     where = as_delay(delay)
     if isinstance(where, int):
         return dominant_exponent(where, step, checked).real
     if criterion == "mean_square":
-        return _log(mean_square_radius(where, step, checked))
+        return log_or_minus_inf(mean_square_radius(where, step, checked))
     polynomial = build_polynomial(where, step, checked)
     if polynomial.size > _DENSE_DEGREE:
-        return _log(largest_modulus(polynomial))
-    return _log(float(abs(np.roots(polynomial)).max(initial=0.0)))
-
-
-def _log(radius: float) -> float:
-    return math.log(radius) if radius > 0.0 else -math.inf
+        return log_or_minus_inf(largest_modulus(polynomial))
+    return log_or_minus_inf(float(abs(np.roots(polynomial)).max(initial=0.0)))

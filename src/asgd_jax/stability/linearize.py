@@ -7,15 +7,15 @@ Jacobians, has no eigenvalue outside the unit disc.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import optax
 import scipy.linalg
-from scipy.optimize import brentq
 from scipy.sparse.linalg import LinearOperator, eigs
 
 from asgd_jax.delays import as_integer
@@ -28,6 +28,7 @@ from asgd_jax.stability.arguments import (
     positive,
 )
 from asgd_jax.stability.quadratic_step import MakeOptimizer, float64, quadratic_step
+from asgd_jax.stability.root_finding import first_root
 from asgd_jax.stability.settle import PeriodicStep, settle
 from asgd_jax.stability.step_jacobian import step_jacobian
 
@@ -38,15 +39,21 @@ _NOT_CONSTANT = {"grad", "staleness", "stale_params"}
 _DENSE = 150  # largest map of second moments whose eigenvalues are all computed
 
 
+class OptimizerOptions(TypedDict, total=False):
+    """How the optimizer is read, as `optimizer_max_learning_rate` documents it."""
+
+    optimizer_state: optax.OptState | None
+    extra_args: Mapping[str, Any]
+    at_update: int | None
+    criterion: Criterion
+
+
 def optimizer_max_learning_rate(
     make_optimizer: MakeOptimizer,
     delay: Delay,
     *,
     sharpness: float = 1.0,
-    optimizer_state: optax.OptState | None = None,
-    extra_args: Mapping[str, Any] = MappingProxyType({}),
-    at_update: int | None = None,
-    criterion: Criterion = "mean",
+    **options: Unpack[OptimizerOptions],
 ) -> float:
     r"""The largest learning rate at which an optimizer keeps a minimum stable under delay.
 
@@ -88,6 +95,7 @@ def optimizer_max_learning_rate(
       delay: int >= 0; or a mass function of shape (max_delay + 1,), for staleness drawn afresh at
         every update; or a DelayProcess with a pmf. A delay of 128 takes two seconds.
       sharpness: largest eigenvalue of the Hessian, > 0.
+      **options: all by keyword:
       optimizer_state: a state of `make_optimizer(...)` for one scalar parameter (one of shape (1,)
         for sm3); None for the state that `init` and updates with zero gradients give. Its momenta
         must be zero; a learning rate in it (`inject_hyperparams`) is replaced by the one that is
@@ -126,16 +134,7 @@ def optimizer_max_learning_rate(
     """
     sharpness = positive(sharpness, "sharpness")
     with float64():
-        settled = _settled(
-            make_optimizer,
-            delay,
-            sharpness,
-            optimizer_state,
-            extra_args,
-            at_update,
-            criterion,
-            0.7 / sharpness,
-        )
+        settled = _settled(make_optimizer, delay, sharpness, 0.7 / sharpness, **options)
         return _first_crossing(functools.partial(_log_radius, settled), 1.0 / sharpness)
 
 
@@ -145,10 +144,7 @@ def optimizer_spectral_radius(
     *,
     learning_rate: float,
     sharpness: float = 1.0,
-    optimizer_state: optax.OptState | None = None,
-    extra_args: Mapping[str, Any] = MappingProxyType({}),
-    at_update: int | None = None,
-    criterion: Criterion = "mean",
+    **options: Unpack[OptimizerOptions],
 ) -> float:
     r"""Factor by which an optimizer's distance to a minimum grows in one step, in the long run.
 
@@ -157,8 +153,7 @@ def optimizer_spectral_radius(
 
     Args:
       learning_rate: > 0.
-      make_optimizer, delay, sharpness, optimizer_state, extra_args, at_update, criterion: as in
-        `optimizer_max_learning_rate`.
+      make_optimizer, delay, sharpness, **options: as in `optimizer_max_learning_rate`.
 
     Returns:
       The factor, >= 0; above 1 the minimum is unstable.
@@ -173,16 +168,7 @@ def optimizer_spectral_radius(
     sharpness = positive(sharpness, "sharpness")
     rate = positive(learning_rate, "learning_rate")
     with float64():
-        settled = _settled(
-            make_optimizer,
-            delay,
-            sharpness,
-            optimizer_state,
-            extra_args,
-            at_update,
-            criterion,
-            rate,
-        )
+        settled = _settled(make_optimizer, delay, sharpness, rate, **options)
         return math.exp(_log_radius(settled, rate))
 
 
@@ -190,11 +176,12 @@ def _settled(
     make_optimizer: MakeOptimizer,
     delay: Delay,
     sharpness: float,
-    optimizer_state: optax.OptState | None,
-    extra_args: Mapping[str, Any],
-    at_update: int | None,
-    criterion: str,
     rate: float,
+    *,
+    optimizer_state: optax.OptState | None = None,
+    extra_args: Mapping[str, Any] = MappingProxyType({}),
+    at_update: int | None = None,
+    criterion: Criterion = "mean",
 ) -> PeriodicStep:
     """Checks the arguments, and the optimizer at (or, if it explodes there, below) this rate."""
     choose(criterion, CRITERIA, "criterion")
@@ -280,7 +267,7 @@ def _first_crossing(log_radius: Callable[[float], float], middle: float) -> floa
 
     @functools.cache
     def excess(rate: float) -> float:
-        return min(max(log_radius(rate), -50.0), 50.0) - _MARGIN
+        return log_radius(rate) - _MARGIN
 
     top = middle
     while excess(top) <= 0.0:
@@ -299,12 +286,10 @@ def _first_crossing(log_radius: Callable[[float], float], middle: float) -> floa
                 f"the optimizer is unstable at every learning rate down to {bottom:.0e}: "
                 "does it descend, and does make_optimizer use its argument?"
             )
-    width = math.log(2.0) / _STEPS_PER_OCTAVE
-    log_rate = math.log(bottom) + width
-    while excess(math.exp(log_rate)) <= 0.0:
-        log_rate += width
-    ends = log_rate - width, log_rate
-    return math.exp(brentq(lambda log_rate: excess(math.exp(log_rate)), *ends, xtol=1e-10))
+    grid = (bottom * 2.0 ** (k / _STEPS_PER_OCTAVE) for k in itertools.count())
+    crossing = first_root(excess, grid, rtol=1e-10)
+    assert crossing is not None  # the optimizer is unstable at `top`
+    return crossing
 
 
 def _proportional(decay: float, half: float) -> bool:

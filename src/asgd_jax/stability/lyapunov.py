@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
-from scipy.optimize import brentq
 
 from asgd_jax.delays import DelayProcess, as_integer, from_trace
-from asgd_jax.stability.arguments import Kind, Momentum, as_momentum, as_step, positive
+from asgd_jax.stability.arguments import MethodOptions, Momentum, as_momentum, as_step, positive
 from asgd_jax.stability.closed_form import constant_threshold
+from asgd_jax.stability.root_finding import bracketed_root
 
 _SHORTEST_RUN = 50_000
 _RUN_PER_DELAY = 300  # near the edge the other modes fade over tens of max_delay / (1 - m) steps
@@ -49,11 +49,9 @@ def lyapunov_exponent(
     trace: Sequence[int] | np.ndarray | DelayProcess,
     *,
     step: float,
-    momentum: float = 0.0,
-    kind: Kind = "heavy_ball",
-    dampening: bool = True,
     num_steps: int | None = None,
     seed: int = 0,
+    **method: Unpack[MethodOptions],
 ) -> LyapunovExponent:
     r"""Growth rate of x along a recorded sequence of staleness $s_0, s_1, \ldots$
 
@@ -66,11 +64,11 @@ def lyapunov_exponent(
       trace: integers >= 0 of shape (num_updates,), repeated when the run is longer; or a
         DelayProcess, of which `num_steps` samples are drawn.
       step: h = learning rate x sharpness, >= 0.
-      momentum, kind, dampening: as in `max_learning_rate`.
       num_steps: length of the run, >= 1000; by default max(len(trace), 50,000) or, if longer,
         300 max_delay / (1 - momentum) up to two million. The standard error does not see modes that
         fade more slowly than the run: close to the edge of a large delay, give it more steps.
       seed: of the samples of a DelayProcess; without effect on a trace.
+      **method: momentum, kind and dampening, as in `max_learning_rate`.
 
     Returns:
       LyapunovExponent(value, standard_error), a step.
@@ -82,7 +80,7 @@ def lyapunov_exponent(
     >>> round(estimate.value, 6)
     0.693147
     """
-    checked = as_momentum(momentum, kind, dampening)
+    checked = as_momentum(**method)
     staleness = draw_staleness(trace, num_steps, seed, checked.value)
     return _exponent(staleness, as_step(step), checked)
 
@@ -91,11 +89,9 @@ def lyapunov_max_learning_rate(
     trace: Sequence[int] | np.ndarray | DelayProcess,
     *,
     sharpness: float = 1.0,
-    momentum: float = 0.0,
-    kind: Kind = "heavy_ball",
-    dampening: bool = True,
     num_steps: int | None = None,
     seed: int = 0,
+    **method: Unpack[MethodOptions],
 ) -> LyapunovLearningRate:
     """The learning rate at which a recorded sequence of staleness neither shrinks nor grows x.
 
@@ -104,9 +100,8 @@ def lyapunov_max_learning_rate(
     the exponent changes sign.
 
     Args:
-      trace, num_steps, seed: as in `lyapunov_exponent`.
+      trace, num_steps, seed, **method: as in `lyapunov_exponent`.
       sharpness: largest eigenvalue of the Hessian, > 0.
-      momentum, kind, dampening: as in `max_learning_rate`.
 
     Returns:
       LyapunovLearningRate(value, standard_error).
@@ -118,11 +113,11 @@ def lyapunov_max_learning_rate(
     0.62
     """
     sharpness = positive(sharpness, "sharpness")
-    checked = as_momentum(momentum, kind, dampening)
+    checked = as_momentum(**method)
     staleness = draw_staleness(trace, num_steps, seed, checked.value)
 
     def exponent(log_step: float) -> float:
-        # -inf (x reached 0) would break the interpolation.
+        # -inf (x reached 0) would break the slope.
         return max(_exponent(staleness, math.exp(log_step), checked).value, -10.0)
 
     low = high = math.log(constant_threshold(round(float(staleness.mean())), checked))
@@ -130,7 +125,7 @@ def lyapunov_max_learning_rate(
         low, high = high, high + 0.25
     while exponent(low) > 0.0:
         low, high = low - 0.25, low
-    log_step = brentq(exponent, low, high, xtol=1e-7)
+    log_step = bracketed_root(exponent, low, high, xtol=1e-7)
     width = 0.02
     slope = (exponent(log_step + width) - exponent(log_step - width)) / (2.0 * width)
     error = _exponent(staleness, math.exp(log_step), checked).standard_error
@@ -149,9 +144,9 @@ def draw_staleness(
     >>> draw_staleness([0, 1, 1], num_steps=1000)[:5]
     array([0, 1, 1, 0, 1])
     """
-    recorded = None if isinstance(trace, DelayProcess) else np.asarray(trace)
     # from_trace checks the entries.
-    process = trace if isinstance(trace, DelayProcess) else from_trace(np.asarray(trace))
+    process = trace if isinstance(trace, DelayProcess) else from_trace(trace)
+    recorded = None if isinstance(trace, DelayProcess) else np.asarray(trace)
     if num_steps is None:
         wanted = min(_LONGEST_RUN, int(_RUN_PER_DELAY * process.max_delay / (1.0 - momentum)))
         num_steps = max(_SHORTEST_RUN, wanted, 0 if recorded is None else recorded.size)

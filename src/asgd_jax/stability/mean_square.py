@@ -19,18 +19,17 @@ autocovariances, which the Levinson recursion gives exactly, in O(max_delay^2).
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
-from scipy.optimize import brentq
 
 from asgd_jax.stability.arguments import Momentum
 from asgd_jax.stability.characteristic import build_polynomial
+from asgd_jax.stability.root_finding import first_root, increasing_root
 from asgd_jax.stability.schur_cohn import autocovariance
 
 _STEPS_PER_OCTAVE = 8
 _TOLERANCE = 1e-12  # relative, of the threshold and of the logarithm of the radius
-_LOWEST = -600.0  # logarithm of what counts as zero; exp of it is still a normal float
+_LOWEST = -600.0  # logarithm of a radius that counts as zero; exp of it is still a normal float
 
 
 def noise_gain(pmf: np.ndarray, step: float, momentum: Momentum, growth: float = 1.0) -> float:
@@ -82,17 +81,12 @@ def mean_square_radius(pmf: np.ndarray, step: float, momentum: Momentum) -> floa
     if step == 0.0:
         return 1.0
 
-    def log_gain(log_growth: float) -> float:
-        return _log(noise_gain(pmf, step, momentum, math.exp(log_growth)))
+    def log_loss(log_growth: float) -> float:
+        return -log_or_minus_inf(noise_gain(pmf, step, momentum, math.exp(log_growth)))
 
-    low, high = -1.0 / pmf.size, 1.0 / pmf.size
-    while log_gain(high) >= 0.0:
-        low, high = high, 2.0 * high
-    while log_gain(low) < 0.0:
-        low, high = 2.0 * low, low
-        if low < _LOWEST:
-            return 0.0
-    return math.exp(_close(log_gain, high, low))
+    width = 1.0 / pmf.size
+    log_radius = increasing_root(log_loss, width, xtol=_TOLERANCE * width, lowest=_LOWEST)
+    return math.exp(log_radius)
 
 
 def mean_square_threshold(pmf: np.ndarray, momentum: Momentum, mean_threshold: float) -> float:
@@ -106,35 +100,17 @@ def mean_square_threshold(pmf: np.ndarray, momentum: Momentum, mean_threshold: f
     """
 
     def log_gain(step: float) -> float:
-        return _log(noise_gain(pmf, step, momentum))
+        return log_or_minus_inf(noise_gain(pmf, step, momentum))
 
     low = min(mean_threshold, (1.0 - momentum.value) / (2.0 * pmf.size * momentum.gain)) / 2.0
     while log_gain(low) >= 0.0:
         low /= 2.0
     edge = mean_threshold * (1.0 - 1e-9)
     cells = max(1, math.ceil(_STEPS_PER_OCTAVE * math.log2(edge / low)))
-    for step in np.geomspace(low, edge, cells + 1)[1:]:
-        high = min(float(step), edge)
-        if log_gain(high) >= 0.0:
-            return _close(log_gain, low, high)
-        low = high
-    return mean_threshold
+    grid = np.minimum(np.geomspace(low, edge, cells + 1), edge).tolist()
+    return first_root(log_gain, grid, rtol=_TOLERANCE) or mean_threshold
 
 
-def _log(gain: float) -> float:
-    return math.log(gain) if gain > math.exp(_LOWEST) else _LOWEST
-
-
-def _close(log_gain: Callable[[float], float], stable: float, unstable: float) -> float:
-    """The zero between an argument with gain < 1 and one with gain >= 1, perhaps infinite."""
-    width = _TOLERANCE * max(abs(stable), abs(unstable))
-    # No interpolation with infinity: bisect until the unstable end is finite.
-    while math.isinf(log_gain(unstable)):
-        if abs(unstable - stable) <= width:
-            return stable
-        middle = (stable + unstable) / 2.0
-        if log_gain(middle) >= 0.0:
-            unstable = middle
-        else:
-            stable = middle
-    return brentq(log_gain, stable, unstable, xtol=width)
+def log_or_minus_inf(gain: float) -> float:
+    """The logarithm, -inf at zero."""
+    return math.log(gain) if gain > 0.0 else -math.inf

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from asgd_jax.stability.report import Method, Question, methods
+from asgd_jax.stability.report import Question, methods
 from asgd_jax.stability.thresholds import max_learning_rate
 
 # The colour-blind-safe palette of Okabe and Ito, each with a dash pattern of its own.
@@ -56,33 +56,29 @@ def plot_thresholds(question: Question, answered: dict[str, Any], path: str) -> 
         raise ValueError(
             "--plot needs matplotlib: pip install matplotlib, or leave --plot away"
         ) from None
-    compared = [
-        Method(row["name"], row["momentum"], row["kind"], row["dampening"])
-        for row in answered["methods"]
-    ]
-    undamped = [method for method in compared if not method.dampening]
-    damped = [method for method in compared if method.dampening]
-    panels = [damped, [*methods(0.0), *undamped]] if undamped else [damped]
+    shown = [row["name"] for row in answered["methods"]]
+    undamped = [name for name in shown if "undamped" in name]
+    damped = [name for name in shown if name not in undamped]
+    panels = [damped, [shown[0], *undamped]] if undamped else [damped]
     longest = max(16, math.ceil(2.0 * answered["mean_delay"]))
     delays = np.unique(np.linspace(0, longest, min(longest, _MOST_DELAYS) + 1).astype(int))
     figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
-    for axes, shown in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for method in shown:
-            _draw_method(axes, method, delays, answered)
+    for axes, names in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name in names:
+            _draw_method(axes, name, delays, answered)
         _decorate(axes, answered)
     figure.suptitle(f"Stability under delay: {question.description}")
     figure.savefig(path, dpi=150)
 
 
-def _draw_method(axes: Any, method: Method, delays: np.ndarray, answered: dict[str, Any]) -> None:
-    style = _STYLES[method.name]
-    arguments = method.arguments()
-    inverse = [1.0 / max_learning_rate(int(delay), **arguments) for delay in delays]
-    name = method.name + (f", m = {method.momentum:g}" if method.momentum else "")
-    axes.plot(delays, inverse, label=name, **style)
+def _draw_method(axes: Any, name: str, delays: np.ndarray, answered: dict[str, Any]) -> None:
+    style, options = _STYLES[name], methods(answered["momentum"])[name]
+    inverse = [1.0 / max_learning_rate(int(delay), **options) for delay in delays]
+    label = name + (f", m = {options['momentum']:g}" if options["momentum"] else "")
+    axes.plot(delays, inverse, label=label, **style)
     if answered["staleness"] == "constant":
         return
-    row = next(row for row in answered["methods"] if row["name"] == method.name)
+    row = next(row for row in answered["methods"] if row["name"] == name)
     rate = row.get("max_learning_rate_mean_square", row["max_learning_rate"])
     point = 1.0 / (rate * answered["sharpness"])
     axes.plot(answered["mean_delay"], point, "o", color=style["color"], markerfacecolor="none")

@@ -6,7 +6,6 @@ copy of the parameters (`optax.lookahead`) x is the one whose gradient is taken.
 """
 
 import contextlib
-import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -145,23 +144,8 @@ def quadratic_step(
     Raises:
       ValueError: when the optimizer does not run, would delay twice, or has other states.
     """
-    if not callable(make_optimizer):
-        raise ValueError(
-            f"make_optimizer must be a function of the learning rate, got {make_optimizer!r}: "
-            "pass for instance optax.sgd or lambda learning_rate: optax.sgd(learning_rate, 0.9)"
-        )
     rate = 1.0 / sharpness
-    bare = run_user_code(lambda: make_optimizer(rate))
-    if not (hasattr(bare, "init") and hasattr(bare, "update")):
-        raise ValueError(f"make_optimizer must return an optax optimizer, got {bare!r}")
-    zero = _zero_parameter(bare, extra_args)
-    shapes = jax.eval_shape(bare.init, zero)
-    wrapped = not _nodes(shapes, "DelayedState", "DelayGradientsState")
-    if not wrapped and not (isinstance(delay, int) and delay == 0):
-        raise ValueError(
-            "make_optimizer returns an optimizer that already delays its gradients: pass delay=0 "
-            "to use it as it is, or the optimizer without delayed / delay_gradients"
-        )
+    zero, wrapped = _parameter_of(make_optimizer, rate, extra_args, delay)
     # Random staleness is set from outside, update by update; only the size of the history counts.
     longest = delay if isinstance(delay, int) else delay.size - 1
 
@@ -211,29 +195,43 @@ def quadratic_step(
     )
 
 
+def _parameter_of(
+    make_optimizer: MakeOptimizer, rate: float, extra_args: Mapping[str, Any], delay: Any
+) -> tuple[Any, bool]:
+    """The parameter at 0 that an optimizer takes, and whether it is to be wrapped in `delayed`."""
+    if not callable(make_optimizer):
+        raise ValueError(
+            f"make_optimizer must be a function of the learning rate, got {make_optimizer!r}: "
+            "pass for instance optax.sgd or lambda learning_rate: optax.sgd(learning_rate, 0.9)"
+        )
+    bare = run_user_code(lambda: make_optimizer(rate))
+    if not (hasattr(bare, "init") and hasattr(bare, "update")):
+        raise ValueError(f"make_optimizer must return an optax optimizer, got {bare!r}")
+    zero = _zero_parameter(bare, extra_args)
+    shapes = jax.eval_shape(bare.init, zero)
+    wrapped = not _nodes(shapes, "DelayedState", "DelayGradientsState")
+    if not wrapped and not (isinstance(delay, int) and delay == 0):
+        raise ValueError(
+            "make_optimizer returns an optimizer that already delays its gradients: pass delay=0 "
+            "to use it as it is, or the optimizer without delayed / delay_gradients"
+        )
+    return zero, wrapped
+
+
 def hold(step: QuadraticStep, given: Memory) -> QuadraticStep:
     """The step whose every update ends in the given values, before it is linearised there."""
     # A learning rate in the state (inject_hyperparams) is not held: it is the one asked about.
     ours = np.asarray(step.fresh(1.0)[0] == step.fresh(0.5)[0])
-    start = functools.partial(_start_held, step.fresh, step.advance, given, ours)
+
+    def start(rate: Any) -> Memory:
+        # Where the update multiplies its values they must start higher: Adam's second moment decays
+        # before it is used, and is to be used as given.
+        vector = jnp.where(ours, given[0], step.fresh(rate)[0])
+        after = step.advance(rate, (vector, given[1]), 0.0)[0]
+        ratio = jnp.where(after == 0.0, 1.0, vector / jnp.where(after == 0.0, 1.0, after))
+        return vector * ratio, given[1]
+
     return step._replace(start=start, held=True)
-
-
-def _start_held(
-    fresh: Callable[[Any], Memory],
-    advance: Callable[..., Memory],
-    given: Memory,
-    ours: np.ndarray,
-    rate: Any,
-) -> Memory:
-    """The memory from which an update ends in `given`, where the update multiplies its values.
-
-    Adam's second moment decays before it is used: to be used as given, it must start higher.
-    """
-    vector = jnp.where(ours, given[0], fresh(rate)[0])
-    after = advance(rate, (vector, given[1]), 0.0)[0]
-    ratio = jnp.where(after == 0.0, 1.0, vector / jnp.where(after == 0.0, 1.0, after))
-    return vector * ratio, given[1]
 
 
 def _nodes(tree: Any, *names: str) -> list[Any]:

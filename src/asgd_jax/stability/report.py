@@ -3,8 +3,15 @@
 import math
 from typing import Any, NamedTuple
 
-from asgd_jax.delays import DelayProcess
-from asgd_jax.stability.arguments import Delay, Kind, as_delay, as_momentum, is_trace, positive
+from asgd_jax.stability.arguments import (
+    Delay,
+    Kind,
+    MethodOptions,
+    as_delay,
+    as_momentum,
+    is_trace,
+    positive,
+)
 from asgd_jax.stability.growth import growth_time
 from asgd_jax.stability.lyapunov import lyapunov_exponent, lyapunov_max_learning_rate
 from asgd_jax.stability.rules import mean_delay, rescale_learning_rate
@@ -33,33 +40,30 @@ class Question(NamedTuple):
     baseline: float | None = None
 
 
-class Method(NamedTuple):
-    """One row: a name and the arguments of the library's functions."""
+# The names of the momentum methods, with kind and dampening.
+_METHODS: dict[str, tuple[Kind, bool]] = {
+    "heavy ball, damped": ("heavy_ball", True),
+    "heavy ball, undamped": ("heavy_ball", False),
+    "shifted": ("shifted", True),
+    "shifted, undamped": ("shifted", False),
+}
+# Always in the table; others only for those who use them.
+_COMPARED = ("no momentum", "heavy ball, damped", "heavy ball, undamped", "shifted")
 
-    name: str
-    momentum: float
-    kind: Kind = "heavy_ball"
-    dampening: bool = True
 
-    def arguments(self) -> dict[str, Any]:
-        return {"momentum": self.momentum, "kind": self.kind, "dampening": self.dampening}
+def methods(momentum: float) -> dict[str, MethodOptions]:
+    """All methods by name; without momentum they are one.
 
-
-def methods(momentum: float) -> list[Method]:
-    """The four methods to compare; without momentum they are one.
-
-    >>> [method.name for method in methods(0.9)]
-    ['no momentum', 'heavy ball, damped', 'heavy ball, undamped', 'shifted']
+    >>> list(methods(0.9))
+    ['no momentum', 'heavy ball, damped', 'heavy ball, undamped', 'shifted', 'shifted, undamped']
     """
-    none = Method("no momentum", 0.0)
-    if momentum == 0.0:
-        return [none]
-    return [
-        none,
-        Method("heavy ball, damped", momentum),
-        Method("heavy ball, undamped", momentum, dampening=False),
-        Method("shifted", momentum, kind="shifted"),
-    ]
+    options: dict[str, MethodOptions] = {
+        "no momentum": {"momentum": 0.0, "kind": "heavy_ball", "dampening": True}
+    }
+    if momentum > 0.0:
+        for name, (kind, dampening) in _METHODS.items():
+            options[name] = {"momentum": momentum, "kind": kind, "dampening": dampening}
+    return options
 
 
 def answer(question: Question) -> dict[str, Any]:
@@ -71,96 +75,78 @@ def answer(question: Question) -> dict[str, Any]:
     >>> answer(Question(32, "32 updates", sharpness=20.0))["methods"][0]["max_learning_rate"]
     0.0024163745...
     """
-    as_momentum(question.momentum, question.kind, question.dampening)
+    momentum = as_momentum(question.momentum, question.kind, question.dampening)
     for name in ("sharpness", "learning_rate", "baseline"):
         if getattr(question, name) is not None:
             positive(getattr(question, name), name)
-    used = _used(question)
+    options = methods(question.momentum)
+    used = next(name for name in options if as_momentum(**options[name]) == momentum)
     sharpness, source = question.sharpness, "given"
     if sharpness is None and question.baseline is not None:
-        sharpness = max_learning_rate(0, **used.arguments()) / question.baseline
+        sharpness = max_learning_rate(0, **options[used]) / question.baseline
         source = "the sharpest that the rate without delay keeps stable"
     elif sharpness is None:
         sharpness, source = 1.0, "not given: rates are learning rate x sharpness"
-    compared = methods(question.momentum)
-    if used not in compared:
-        compared.append(used)
-    rows = [_row(question, method, sharpness, method == used) for method in compared]
+    sort = "trace" if is_trace(question.delay) else "random"
+    if sort != "trace" and isinstance(as_delay(question.delay), int):
+        sort = "constant"
+    rows: dict[str, dict[str, Any]] = {
+        name: {"name": name, "used": name == used, **options[name]}
+        | _row(question, sort, sharpness, options[name])
+        for name in options
+        if name in (*_COMPARED, used)
+    }
     answered = {
         "delay": question.description,
         "mean_delay": mean_delay(question.delay),
-        "staleness": _sort(question.delay),
+        "staleness": sort,
         "sharpness": sharpness,
         "sharpness_source": source,
         "momentum": question.momentum,
         "learning_rate": question.learning_rate,
         "baseline_learning_rate": question.baseline,
-        "methods": rows,
+        "methods": list(rows.values()),
     }
     if question.baseline is not None:
-        answered["rules"] = _rules(question, used, sharpness, rows[compared.index(used)])
+        # Eq. 8; for random delays `exact` keeps the mean square stable. The threshold is at hand,
+        # and for a trace it is slow to find again.
+        row = rows[used]
+        delayed = row.get("max_learning_rate_mean_square", row["max_learning_rate"])
+        undelayed = max_learning_rate(0, sharpness=sharpness, **options[used])
+        answered["rules"] = {
+            "inverse": rescale_learning_rate(question.baseline, question.delay),
+            "exact": question.baseline * delayed / undelayed,
+        }
     return answered
 
 
-def _used(question: Question) -> Method:
-    if question.momentum == 0.0:
-        return Method("no momentum", 0.0)
-    wanted = Method("", question.momentum, question.kind, question.dampening)
-    for method in methods(question.momentum):
-        if method[1:] == wanted[1:]:
-            return method
-    return wanted._replace(name="shifted, undamped")
-
-
-def _sort(delay: Delay) -> str:
+def _row(question: Question, sort: str, sharpness: float, options: MethodOptions) -> dict[str, Any]:
+    delay = question.delay
+    row: dict[str, Any] = {}
     if is_trace(delay):
-        return "trace"
-    return "constant" if isinstance(as_delay(delay), int) else "random"
-
-
-def _row(question: Question, method: Method, sharpness: float, used: bool) -> dict[str, Any]:
-    delay, arguments = question.delay, method.arguments()
-    row: dict[str, Any] = {"name": method.name, "used": used, **arguments}
-    sort = _sort(delay)
-    if sort == "trace":
-        assert isinstance(delay, DelayProcess)
-        estimate = lyapunov_max_learning_rate(delay, sharpness=sharpness, **arguments)
+        estimate = lyapunov_max_learning_rate(delay, sharpness=sharpness, **options)
         row["max_learning_rate"], row["standard_error"] = estimate
     else:
-        row["max_learning_rate"] = max_learning_rate(delay, sharpness=sharpness, **arguments)
+        row["max_learning_rate"] = max_learning_rate(delay, sharpness=sharpness, **options)
     if sort == "random":
         row["max_learning_rate_mean_square"] = max_learning_rate(
-            delay, sharpness=sharpness, criterion="mean_square", **arguments
+            delay, sharpness=sharpness, criterion="mean_square", **options
         )
     if question.learning_rate is not None:
-        time = _growth_time(delay, question.learning_rate * sharpness, arguments)
+        time = _growth_time(delay, question.learning_rate * sharpness, options)
         row["stable"] = math.isinf(time)
         row["growth_time"] = None if math.isinf(time) else time
         row["max_constant_delay"] = max_delay(
-            question.learning_rate, sharpness=sharpness, **arguments
+            question.learning_rate, sharpness=sharpness, **options
         )
     return row
 
 
-def _rules(
-    question: Question, used: Method, sharpness: float, row: dict[str, Any]
-) -> dict[str, float]:
-    """Eq. 8 for the method in use; for random delays `exact` keeps the mean square stable."""
-    assert question.baseline is not None
-    # The threshold is at hand, and for a trace it is slow to find again.
-    delayed = row.get("max_learning_rate_mean_square", row["max_learning_rate"])
-    undelayed = max_learning_rate(0, sharpness=sharpness, **used.arguments())
-    return {
-        "inverse": rescale_learning_rate(question.baseline, question.delay),
-        "exact": question.baseline * delayed / undelayed,
-    }
-
-
-def _growth_time(delay: Delay, step: float, arguments: dict[str, Any]) -> float:
+def _growth_time(delay: Delay, step: float, options: MethodOptions) -> float:
     """Steps per e-fold: of the trajectory for a trace, of the root mean square otherwise."""
     if not is_trace(delay):
-        return growth_time(delay, step=step, criterion="mean_square", **arguments)
-    exponent = lyapunov_exponent(delay, step=step, **arguments).value
+        return growth_time(delay, step=step, criterion="mean_square", **options)
+    exponent = lyapunov_exponent(delay, step=step, **options).value
     return 1.0 / exponent if exponent > 0.0 else math.inf
 
 
@@ -195,29 +181,22 @@ def _columns(answered: dict[str, Any]) -> list[list[str]]:
     rows = answered["methods"]
     names = [("* " if row["used"] else "  ") + row["name"] for row in rows]
     columns = [["", "", *names]]
-
-    def add(first: str, second: str, texts: list[str]) -> None:
-        columns.append([first, second, *texts])
-
     rates = [_number(row["max_learning_rate"]) for row in rows]
     if answered["staleness"] == "random":
         squares = [_number(row["max_learning_rate_mean_square"]) for row in rows]
-        add("largest stable", "in mean square", squares)
-        add("(in the mean", "only)", rates)
+        columns.append(["largest stable", "in mean square", *squares])
+        columns.append(["(in the mean", "only)", *rates])
     else:
-        add("largest stable", "learning rate", rates)
+        columns.append(["largest stable", "learning rate", *rates])
     if answered["staleness"] == "trace":
-        add("standard", "error", [f"{row['standard_error']:.1g}" for row in rows])
+        columns.append(["standard", "error", *(f"{row['standard_error']:.1g}" for row in rows)])
     if answered["learning_rate"] is not None:
         rate = f"{answered['learning_rate']:g}"
         times = ["stable" if row["stable"] else f"{row['growth_time']:,.3g}" for row in rows]
         delays = [row["max_constant_delay"] for row in rows]
-        add("steps per", f"e-fold at {rate}", times)
-        add(
-            "largest constant",
-            f"delay at {rate}",
-            ["none" if d is None else f"{d}" for d in delays],
-        )
+        columns.append(["steps per", f"e-fold at {rate}", *times])
+        texts = ["none" if delay is None else f"{delay}" for delay in delays]
+        columns.append(["largest constant", f"delay at {rate}", *texts])
     return columns
 
 

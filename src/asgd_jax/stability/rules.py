@@ -1,20 +1,18 @@
 """Learning rates for a delayed run, from one that works without delay (eq. 8 of the paper)."""
 
 import math
+from typing import Unpack
 
 import numpy as np
 
 from asgd_jax.stability.arguments import (
-    Criterion,
     Delay,
-    Kind,
+    Options,
     as_delay,
-    as_momentum,
     choose,
     is_trace,
     positive,
 )
-from asgd_jax.stability.closed_form import constant_threshold
 from asgd_jax.stability.lyapunov import draw_staleness
 from asgd_jax.stability.thresholds import max_learning_rate
 
@@ -26,10 +24,7 @@ def rescale_learning_rate(
     delay: Delay,
     *,
     rule: str = "inverse",
-    momentum: float = 0.0,
-    kind: Kind = "heavy_ball",
-    dampening: bool = True,
-    criterion: Criterion = "mean",
+    **options: Unpack[Options],
 ) -> float:
     r"""The learning rate under delay that corresponds to `learning_rate` without delay.
 
@@ -45,8 +40,8 @@ def rescale_learning_rate(
       learning_rate: $\eta_0 > 0$, of the synchronous run with the equivalent large batch.
       delay: int >= 0; or a mass function; or a DelayProcess.
       rule: one of the four.
-      momentum, kind, dampening, criterion: of the delayed run and of the synchronous one, as in
-        `max_learning_rate`; only `exact` uses them.
+      **options: momentum, kind, dampening and criterion of the delayed run and of the synchronous
+        one, as in `max_learning_rate`; only `exact` uses them.
 
     Returns:
       The learning rate, a float.
@@ -62,12 +57,9 @@ def rescale_learning_rate(
     """
     learning_rate = positive(learning_rate, "learning_rate")
     choose(rule, RULES, "rule")
-    checked = as_momentum(momentum, kind, dampening)
+    synchronous = max_learning_rate(0, **options)
     if rule == "exact":
-        delayed = max_learning_rate(
-            delay, momentum=momentum, kind=kind, dampening=dampening, criterion=criterion
-        )
-        return learning_rate * delayed / constant_threshold(0, checked)
+        return learning_rate * max_learning_rate(delay, **options) / synchronous
     tau = max(1.0, mean_delay(delay))
     return learning_rate / {"inverse": tau, "sqrt": math.sqrt(tau), "none": 1.0}[rule]
 

@@ -4,23 +4,15 @@ import math
 
 import numpy as np
 
+from asgd_jax.stability.root_finding import increasing_root
 
-def reflection_coefficients(polynomial: np.ndarray) -> np.ndarray | None:
-    r"""Reflection coefficients of a monic real polynomial, or None unless all |z| < 1.
+
+def roots_inside(polynomial: np.ndarray, radius: float = 1.0) -> bool:
+    r"""Whether all roots of a monic real polynomial have modulus < radius.
 
     The step-down (Levinson) recursion takes the last coefficient as $k_n$ and lowers the degree:
     $a_j \leftarrow (a_j - k_n a_{n-j}) / (1 - k_n^2)$. All roots lie inside the unit circle if and
     only if every |k| < 1. The work is O(n^2).
-
-    >>> reflection_coefficients(np.array([1.0, -0.5])), reflection_coefficients(np.array([1.0, -2]))
-    (array([-0.5]), None)
-    """
-    lower = _step_down(polynomial)
-    return None if lower is None else np.array([row[-1] for row in lower])
-
-
-def roots_inside(polynomial: np.ndarray, radius: float = 1.0) -> bool:
-    """Whether all roots of a monic real polynomial have modulus < radius.
 
     >>> roots_inside(np.array([1.0, -0.5])), roots_inside(np.array([1.0, -0.5]), radius=0.4)
     (True, False)
@@ -71,17 +63,14 @@ def largest_modulus(polynomial: np.ndarray) -> float:
     """
     degree = len(polynomial) - 1
     # Large polynomials of delays have nearly all roots within a few 1/degree of the unit circle.
-    low, high = -1.0 / degree, 1.0 / degree
-    while not roots_inside(polynomial, math.exp(high)):
-        low, high = high, 2.0 * high
-    while roots_inside(polynomial, math.exp(low)):
-        low, high = 2.0 * low, low
-        if low < -700.0:
-            return 0.0
-    while high - low > 1e-13:
-        middle = (low + high) / 2.0
-        low, high = (low, middle) if roots_inside(polynomial, math.exp(middle)) else (middle, high)
-    return math.exp((low + high) / 2.0)
+    return math.exp(
+        increasing_root(
+            lambda log_radius: 1.0 if roots_inside(polynomial, math.exp(log_radius)) else -1.0,
+            1.0 / degree,
+            xtol=1e-13,
+            lowest=-700.0,
+        )
+    )
 
 
 def _step_down(polynomial: np.ndarray) -> list[np.ndarray] | None:

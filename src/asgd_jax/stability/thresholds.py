@@ -1,10 +1,16 @@
 """The largest stable learning rate, sharpness and delay."""
 
+import bisect
+import sys
+from typing import Unpack
+
 from asgd_jax.stability.arguments import (
     CRITERIA,
     Criterion,
     Delay,
     Kind,
+    MethodOptions,
+    Options,
     as_delay,
     as_momentum,
     choose,
@@ -68,10 +74,8 @@ def max_learning_rate(
     checked = as_momentum(momentum, kind, dampening)
     choose(criterion, CRITERIA, "criterion")
     if is_trace(delay):
-        estimate = lyapunov_max_learning_rate(
-            delay, sharpness=sharpness, momentum=momentum, kind=kind, dampening=dampening
-        )
-        return estimate.value
+        method = MethodOptions(momentum=momentum, kind=kind, dampening=dampening)
+        return lyapunov_max_learning_rate(delay, sharpness=sharpness, **method).value
     where = as_delay(delay)
     if isinstance(where, int):
         return constant_threshold(where, checked) / sharpness
@@ -84,17 +88,14 @@ def max_learning_rate(
 def max_sharpness(
     learning_rate: float,
     delay: Delay,
-    *,
-    momentum: float = 0.0,
-    kind: Kind = "heavy_ball",
-    dampening: bool = True,
-    criterion: Criterion = "mean",
+    **options: Unpack[Options],
 ) -> float:
     r"""The sharpest minimum that is stable at this learning rate, $h^* / \eta$.
 
     Args:
       learning_rate: > 0.
-      delay: as in `max_learning_rate`, and so are the other arguments.
+      delay: as in `max_learning_rate`.
+      **options: momentum, kind, dampening and criterion, as in `max_learning_rate`.
 
     Raises:
       ValueError: naming the bad argument.
@@ -102,23 +103,14 @@ def max_sharpness(
     >>> max_sharpness(0.1, 0), round(max_sharpness(0.1, 8), 4)
     (20.0, 1.8454)
     """
-    return max_learning_rate(
-        delay,
-        sharpness=positive(learning_rate, "learning_rate"),
-        momentum=momentum,
-        kind=kind,
-        dampening=dampening,
-        criterion=criterion,
-    )
+    return max_learning_rate(delay, sharpness=positive(learning_rate, "learning_rate"), **options)
 
 
 def max_delay(
     learning_rate: float,
     *,
     sharpness: float = 1.0,
-    momentum: float = 0.0,
-    kind: Kind = "heavy_ball",
-    dampening: bool = True,
+    **method: Unpack[MethodOptions],
 ) -> int | None:
     """The largest constant delay at which this learning rate is stable.
 
@@ -126,7 +118,8 @@ def max_delay(
 
     Args:
       learning_rate: > 0.
-      sharpness, momentum, kind, dampening: as in `max_learning_rate`.
+      sharpness: as in `max_learning_rate`.
+      **method: momentum, kind and dampening, as in `max_learning_rate`.
 
     Returns:
       The delay, or None where the learning rate is too large even without delay.
@@ -138,16 +131,10 @@ def max_delay(
     (30, 38, None)
     """
     step = positive(learning_rate, "learning_rate") * positive(sharpness, "sharpness")
-    checked = as_momentum(momentum, kind, dampening)
-    if constant_threshold(0, checked) < step:
-        return None
-    stable, unstable = 0, 1
-    while constant_threshold(unstable, checked) >= step:
-        stable, unstable = unstable, 2 * unstable
-    while unstable - stable > 1:
-        middle = (stable + unstable) // 2
-        if constant_threshold(middle, checked) >= step:
-            stable = middle
-        else:
-            unstable = middle
-    return stable
+    checked = as_momentum(**method)
+
+    def ascending(delay: int) -> float:
+        return -constant_threshold(delay, checked)
+
+    number_stable = bisect.bisect_right(range(sys.maxsize), -step, key=ascending)
+    return number_stable - 1 if number_stable else None

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from asgd_jax import data
 from asgd_jax.training.config import STREAMED
-from asgd_jax.training.program import Facts
+from asgd_jax.training.program import DataSpec
 from asgd_jax.training.step import Preprocess
 
 HostBatch = tuple[np.ndarray, np.ndarray]  # images, labels
@@ -37,7 +37,7 @@ class Feed(NamedTuple):
       stream: the data set on disk, or None when it is in memory.
     """
 
-    facts: Facts
+    facts: DataSpec
     samples: data.Dataset | None
     stream: Stream | None
 
@@ -56,7 +56,7 @@ def open_feed(config: ConfigDict) -> Feed:
 
 def feed_of(config: ConfigDict, dataset: data.Dataset) -> Feed:
     """Returns the feed of a data set that is loaded already."""
-    facts = Facts(
+    facts = DataSpec(
         plan=plan_of(config, len(dataset.train_labels)),
         num_classes=dataset.num_classes,
         image_shape=dataset.train_images.shape[1:],
@@ -133,7 +133,7 @@ def _open_stream(config: ConfigDict) -> Feed:
         for images, labels, mask in batches:
             yield images, np.where(mask > 0, labels, -1).astype(np.int32)
 
-    facts = Facts(
+    facts = DataSpec(
         plan=plan,
         num_classes=sizes.num_classes,
         image_shape=(config.image_size, config.image_size, 3),

@@ -9,30 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from asgd_jax.data import imagenet_normalizer, plan_batches
+from asgd_jax.data import FACTS, imagenet_normalizer, plan_batches
 from asgd_jax.training import mesh as devices
 from asgd_jax.training.config import validate_config
-from asgd_jax.training.program import Facts, build_run
+from asgd_jax.training.program import DataSpec, build_run
 from asgd_jax.training.state import PyTree, TrainState
 from asgd_jax.training.step import Batch
-
-# Image shape, classes and training samples of the official data sets.
-_DATASETS = {
-    "digits": ((8, 8, 1), 10, 1437),
-    "mnist": ((28, 28, 1), 10, 60_000),
-    "cifar10": ((32, 32, 3), 10, 50_000),
-    "cifar100": ((32, 32, 3), 100, 50_000),
-    "imagenet2012": (None, 1000, 1_281_167),  # images of config.image_size
-}
-
-
-def num_classes(dataset: str) -> int:
-    """Returns how many labels a data set has.
-
-    >>> num_classes("imagenet2012")
-    1000
-    """
-    return _DATASETS[dataset][1]
 
 
 class MemoryPlan(NamedTuple):
@@ -71,20 +53,22 @@ def abstract_step(
     Raises:
       ValueError: for a data set whose size is not known.
     """
-    if config.dataset not in _DATASETS:
-        known = ", ".join(_DATASETS)
+    if config.dataset not in FACTS:
+        known = ", ".join(FACTS)
         raise ValueError(f"unknown data set {config.dataset!r}: use one of {known}")
-    shape, num_classes, num_samples = _DATASETS[config.dataset]
-    image_shape = shape or (config.image_size, config.image_size, 3)
+    facts = FACTS[config.dataset]
+    image_shape = facts.image_shape or (config.image_size, config.image_size, 3)
     plan = plan_batches(
-        num_samples,
+        facts.num_train,
         num_workers=config.num_workers,
         worker_batch_size=config.worker_batch_size,
         delay=config.delay,
     )
     normalize = imagenet_normalizer() if image_shape[-1] == 3 else _to_float
-    facts = Facts(plan, num_classes, image_shape, lambda key, images: normalize(images), normalize)
-    run = build_run(config, facts, mesh=mesh)
+    spec = DataSpec(
+        plan, facts.num_classes, image_shape, lambda key, images: normalize(images), normalize
+    )
+    run = build_run(config, spec, mesh=mesh)
     state = jax.eval_shape(run.init, jax.random.PRNGKey(0))
     samples = (plan.workers_per_update, plan.worker_batch_size)
     batch = jax.eval_shape(

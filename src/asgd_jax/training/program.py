@@ -22,7 +22,7 @@ from asgd_jax.training.state import PyTree, TrainState, make_init
 from asgd_jax.training.step import Batch, Preprocess, StepMetrics, make_train_step
 
 
-class Facts(NamedTuple):
+class DataSpec(NamedTuple):
     """What a run must know of its data set.
 
     Attributes:
@@ -63,7 +63,7 @@ class Run(NamedTuple):
 
 def build_run(
     config: ConfigDict,
-    facts: Facts,
+    facts: DataSpec,
     *,
     process: DelayProcess | None = None,
     values: optimizer.Values | None = None,

@@ -22,7 +22,7 @@ from asgd_jax.training.chunk import (
 )
 from asgd_jax.training.evaluate import pad_to_batches
 from asgd_jax.training.optimizer import Values
-from asgd_jax.training.program import Facts, Run, build_run
+from asgd_jax.training.program import DataSpec, Run, build_run
 from asgd_jax.training.state import PyTree, TrainState
 
 
@@ -99,7 +99,7 @@ class Shared(NamedTuple):
     """
 
     config: ConfigDict
-    facts: Facts
+    facts: DataSpec
     max_delay: int
     stop_early: bool
     full_train: bool

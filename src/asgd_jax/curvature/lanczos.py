@@ -3,28 +3,25 @@ r"""Sharpness: the largest eigenvalue of the Hessian of the mean loss over a fix
 Along a Hessian eigenvector of curvature $a$, SGD of learning rate $\eta$ near a minimum depends on
 $h = \eta a$ alone, so the largest $a$ decides whether the minimum is stable. The Hessian is never
 formed: jitted Hessian-vector products, summed over the batches, feed ARPACK's Lanczos iteration.
-
-`loss_fn(params, batch)` is the mean loss of one batch, a scalar, and must be a pure function of its
-two arguments: no dropout, no augmentation. Batch normalisation is the caller's decision. With
-running statistics (evaluation mode, `batch_stats` closed over or kept in the batch) this is the
-Hessian of what evaluation sees, one sum over examples. With batch statistics every batch defines a
-loss of its own, and the answer depends on how the data is cut into batches.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
-LossFn = Callable[[Any, Any], jax.Array]
-Batches = Iterable[Any] | Callable[[], Iterable[Any]]
-# (params, vector, batch) -> ((loss, product), both times the batch size; checksum of the batch)
-_Step = Callable[[Any, Any, Any], tuple[Any, jax.Array]]
+from asgd_jax.curvature.hessian_vector import (
+    Batches,
+    LossFn,
+    Step,
+    as_parameters,
+    make_step,
+    one_pass,
+)
 
 # ARPACK first looks at convergence after this many products + 1, and holds as many float64 vectors.
 # SciPy's default of 20 costs 21 products where outlying eigenvalues, the rule in neural networks,
@@ -80,7 +77,7 @@ def sharpness(
     It compiles anew on every call; `make_sharpness` is for measuring again and again.
 
     Args:
-      loss_fn: `loss_fn(params, batch)`, the scalar mean loss of one batch, pure (module docstring).
+      loss_fn: `loss_fn(params, batch)`, the scalar mean loss of one batch, pure.
       params: pytree of floating-point arrays. The loss sees exactly these dtypes: bfloat16
         leaves bring their rounding along (0.2 % of the value in a small network; float16 can
         underflow), so cast to float32 where that matters.
@@ -103,6 +100,7 @@ def sharpness(
       ValueError: for batches that changed between passes or are a one-shot iterator, no batches, a
         parameter that is not floating point, or an option out of range.
 
+    >>> import jax.numpy as jnp
     >>> curvatures = jnp.array([3.0, 1.0, -7.0])
     >>> result = sharpness(lambda p, batch: jnp.sum(curvatures * p**2) / 2, jnp.ones(3), [None])
     >>> round(result.value, 5), result.residual < 1e-5
@@ -123,6 +121,7 @@ def make_sharpness(
     It compiles once for each shape of batch and never for new parameters, so it is the form for
     measuring along a training run, each time from the last `vector`:
 
+    >>> import jax.numpy as jnp
     >>> measure = make_sharpness(lambda p, batch: jnp.mean(batch * jnp.cos(p["angle"])))
     >>> batches, vector = [jnp.ones(4), jnp.ones(2)], None
     >>> for angle in (3.0, 2.0):
@@ -138,7 +137,7 @@ def make_sharpness(
         raise ValueError(f"tol must be a finite number > 0, got {tol!r}: 1e-3 is the default")
     if not max_matvecs >= _LANCZOS_VECTORS + 2:
         raise ValueError(f"max_matvecs is {max_matvecs}: pass at least {_LANCZOS_VECTORS + 2}")
-    step = _make_step(loss_fn)
+    step = make_step(loss_fn)
 
     def measure(
         params: Any, batches: Batches, *, seed: int = 0, initial_vector: Any = None
@@ -148,7 +147,7 @@ def make_sharpness(
                 f"batches is a one-shot {type(batches).__name__}, and sharpness passes over the "
                 "batches many times: pass a list, or a function that returns a fresh iterator"
             )
-        params = _as_parameters(params)
+        params = as_parameters(params)
         start = _start_vector(params, seed, initial_vector)
         hessian = _Hessian(step, params, batches)
         try:
@@ -161,158 +160,6 @@ def make_sharpness(
         return Sharpness(value, residual, hessian.num_matvecs, _unflatten(vector, params))
 
     return measure
-
-
-def hessian_vector_product(loss_fn: LossFn) -> Callable[[Any, Any, Batches], Any]:
-    r"""The function `product(params, vector, batches)`: the mean loss's Hessian times a vector.
-
-    $\nabla^2 L(\theta) v = \partial_\epsilon \nabla L(\theta + \epsilon v)$ at $\epsilon = 0$,
-    forward over reverse, L as in `sharpness`. It compiles once for each shape of batch. Matrix
-    products run in full float32 also where the device's default is less (TF32, bfloat16).
-
-    Args:
-      loss_fn: as for `sharpness`.
-
-    Returns:
-      `product(params, vector, batches)`. `vector` is a pytree like `params`, and so is the result.
-      The batches are passed over once, hence may be a generator.
-
-    Raises:
-      ValueError: from `product`, for no batches, or parameters that are not floating point.
-
-    >>> product = hessian_vector_product(lambda p, batch: jnp.mean((batch @ p) ** 2) / 2)
-    >>> product(jnp.zeros(2), jnp.array([1.0, 0.0]), [jnp.eye(2), jnp.array([[4.0, 1.0]] * 2)])
-    Array([8.25, 2.  ], dtype=float32)
-    """
-    step = _make_step(loss_fn)
-
-    def product(params: Any, vector: Any, batches: Batches) -> Any:
-        params = _as_parameters(params)
-        tangent = jax.tree.map(lambda p, x: jnp.asarray(x, p.dtype), params, vector)
-        (_, total), examples, _ = _one_pass(step, params, tangent, batches)
-        return jax.tree.map(lambda p, x: (x / examples).astype(p.dtype), params, total)
-
-    return product
-
-
-def _make_step(loss_fn: LossFn) -> _Step:
-    """One batch's share in the sums over examples of (loss, product)."""
-
-    @jax.jit
-    def step(params: Any, vector: Any, batch: Any) -> tuple[Any, jax.Array]:
-        with jax.default_matmul_precision("highest"):
-            gradient = jax.value_and_grad(lambda p: loss_fn(p, batch))
-            (loss, _), (_, product) = jax.jvp(gradient, (params,), (vector,))
-
-        def summed(mean: jax.Array) -> jax.Array:
-            return _batch_size(batch) * mean.astype(jnp.promote_types(mean.dtype, jnp.float32))
-
-        return jax.tree.map(summed, (loss, product)), _checksum(batch)
-
-    return step
-
-
-# Apart from the step: with the running sums among its arguments it would compile once more for
-# each layout that they take on a mesh.
-_add = jax.jit(lambda total, share: jax.tree.map(jnp.add, total, share), donate_argnums=0)
-
-
-def _one_pass(
-    step: _Step, params: Any, vector: Any, batches: Batches, expected: list[int] | None = None
-) -> tuple[Any, int, list[Any]]:
-    """Sums of (loss, product) over the batches, the number of examples, and the checksums.
-
-    Raises:
-      ValueError: for no batches, or ones that differ from `expected`, an earlier pass's checksums.
-    """
-    if isinstance(batches, dict) or hasattr(batches, "shape"):
-        raise ValueError(
-            f"batches is one {type(batches).__name__}, not a collection of batches: pass [batch]"
-        )
-    total, examples, checksums = None, 0, list[Any]()
-    for batch in batches() if callable(batches) else batches:
-        # One batch back: the device worked on that one while the host prepared this one.
-        jax.block_until_ready(checksums[-1:])
-        _check_unchanged(checksums, expected)
-        share, checksum = step(params, vector, batch)
-        total = share if total is None else _add(total, share)
-        examples += _batch_size(batch)
-        checksums.append(checksum)
-    _check_unchanged(checksums, expected)
-    needed = len(expected or [None])
-    if len(checksums) < needed:
-        raise ValueError(
-            f"batches gave {len(checksums)} in a pass that needs {needed}: pass a list, or a "
-            "function that returns a fresh iterator (a generator is exhausted after one pass)"
-        )
-    return total, examples, checksums
-
-
-def _check_unchanged(checksums: list[Any], expected: list[int] | None) -> None:
-    """Compares the newest checksum with the earlier pass's."""
-    at = len(checksums) - 1
-    if at >= 0 and expected and (at >= len(expected) or int(checksums[at]) != expected[at]):
-        raise ValueError(
-            f"batches changed between two passes, at batch {at}: pass a list, or turn shuffling "
-            "and augmentation off (every pass needs the same batches in the same order)"
-        )
-
-
-def _checksum(batch: Any) -> jax.Array:
-    """uint32 hash of every element's bits and place in the batch.
-
-    Taken on the device, beside the product: a hash on the host would fetch the whole data set once
-    a product, and comparing losses would be blind where a head of zeros makes them all equal.
-    """
-    total = jnp.zeros((), jnp.uint32)
-    for number, leaf in enumerate(jax.tree.leaves(batch)):
-        bits = _bits(jnp.asarray(leaf))
-        place = jax.lax.iota(jnp.uint32, bits.size)
-        mixed = bits ^ (place * np.uint32(0x9E3779B9) + np.uint32(number))
-        # Murmur3's finaliser: ones and zeros in float32 differ in a few high bits only, and a plain
-        # weighted sum of them would often collide.
-        mixed = (mixed ^ (mixed >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-        mixed = (mixed ^ (mixed >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-        total = total + jnp.sum(mixed ^ (mixed >> np.uint32(16)), dtype=jnp.uint32)
-    return total
-
-
-def _bits(leaf: jax.Array) -> jax.Array:
-    """The leaf's bits as a flat uint32 array."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        leaf = jnp.stack([leaf.real, leaf.imag])
-    if leaf.dtype == jnp.bool_:
-        leaf = leaf.astype(jnp.uint8)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
-    return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32).ravel()
-
-
-def _batch_size(batch: Any) -> int:
-    """Number of examples: the leading dimension of the first leaf; 1 for a batch without leaves."""
-    leaves = jax.tree.leaves(batch)
-    shape = np.shape(leaves[0]) if leaves else (1,)
-    if not shape or not shape[0]:
-        raise ValueError(
-            f"the first leaf of a batch has shape {shape}, which gives no number of examples: put "
-            "an array with the examples along its leading axis first"
-        )
-    return int(shape[0])
-
-
-def _as_parameters(params: Any) -> Any:
-    """`params` as jax arrays; refuses leaves that have no real derivative."""
-    params = jax.tree.map(jnp.asarray, params)
-    for path, leaf in jax.tree.leaves_with_path(params):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"params{jax.tree_util.keystr(path)} has dtype {leaf.dtype}: pass only the "
-                "floating-point parameters and close over the rest in loss_fn"
-            )
-    if not sum(leaf.size for leaf in jax.tree.leaves(params)):
-        raise ValueError(f"params holds no number: {params!r}; pass at least one parameter")
-    return params
 
 
 def _flatten(tree: Any) -> np.ndarray:
@@ -354,7 +201,7 @@ class _Hessian:
     Raises, from a product: `_NotFinite`; `_OutOfProducts`; ValueError for batches that changed.
     """
 
-    def __init__(self, step: _Step, params: Any, batches: Batches) -> None:
+    def __init__(self, step: Step, params: Any, batches: Batches) -> None:
         self.num_matvecs = 0
         self.limit = math.inf
         self._arguments = step, params, batches
@@ -366,7 +213,7 @@ class _Hessian:
         self.num_matvecs += 1
         step, params, batches = self._arguments
         vector = _unflatten(np.ravel(flat), params)
-        total, examples, checksums = _one_pass(step, params, vector, batches, self._checksums)
+        total, examples, checksums = one_pass(step, params, vector, batches, self._checksums)
         self._checksums = self._checksums or [int(checksum) for checksum in checksums]
         product = _flatten(total[1]) / examples
         if not (np.isfinite(total[0]) and np.isfinite(product).all()):
