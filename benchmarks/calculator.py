@@ -10,7 +10,7 @@ from asgd_jax import data, models, stability
 from asgd_jax.curvature import hessian_vector_product, make_sharpness
 from asgd_jax.training.step import cross_entropy
 from benchmarks.harness import interleave, ratio, spread
-from benchmarks.result import Goal, Options, Result, Table, TableRow, goal
+from benchmarks.result import BenchOptions, Goal, Result, Table, TableRow, goal
 from experiments.claims import at_most
 
 TITLE = "stability thresholds a second, and Hessian-vector products in gradients"
@@ -23,7 +23,7 @@ _THRESHOLDS: dict[str, Callable[[int], float]] = {
 _ALLOWED_GRADIENTS = 4.0
 
 
-def run(options: Options) -> Result:
+def run(options: BenchOptions) -> Result:
     """Measures both; see the module."""
     digits = data.load("digits", num_train=64 if options.quick else None)
     arrays = (data.normalizer(digits)(digits.train_images), jnp.asarray(digits.train_labels))
@@ -54,7 +54,7 @@ def run(options: Options) -> Result:
     return Result(tables, goals, notes)
 
 
-def measure_thresholds(options: Options) -> list[TableRow]:
+def measure_thresholds(options: BenchOptions) -> list[TableRow]:
     """Returns the thresholds a second of each kind of momentum."""
     count, rounds = (10, 1) if options.quick else (1000, 7)
 

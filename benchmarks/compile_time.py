@@ -17,7 +17,7 @@ import jax
 
 from asgd_jax.training import default_config
 from asgd_jax.training.plan import abstract_step
-from benchmarks.result import Goal, Options, Result, Table, TableRow, goal
+from benchmarks.result import BenchOptions, Goal, Result, Table, TableRow, goal
 from benchmarks.workers import checkout, serve, start
 from experiments.claims import at_most
 
@@ -39,7 +39,7 @@ _START_SECONDS = 120.0
 _POLL_SECONDS = 0.01
 
 
-def run(options: Options) -> Result:
+def run(options: BenchOptions) -> Result:
     """Compiles every model twice in processes of their own, then starts train.py so."""
     names = ["mlp"] if options.quick else list(COMPILED)
     with tempfile.TemporaryDirectory() as cache:

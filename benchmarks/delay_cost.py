@@ -10,7 +10,7 @@ import asgd_jax
 from asgd_jax import delays
 from benchmarks.harness import Times, interleave, ratio, spread
 from benchmarks.loops import Loop, Workload, make_loop, make_workload
-from benchmarks.result import Goal, Options, Result, Table, TableRow, goal
+from benchmarks.result import BenchOptions, Goal, Result, Table, TableRow, goal
 from experiments.claims import at_most, near
 
 TITLE = "the cost of the delay, against plain optax in the same loop"
@@ -124,7 +124,7 @@ def random_group(delay: int) -> Group:
     return Group("delayed", made, largest, _DELAYED_SETS, base="constant")
 
 
-def run(options: Options) -> Result:
+def run(options: BenchOptions) -> Result:
     """Measures every case; see the module."""
     cases = QUICK_CASES if options.quick else CASES
     tables, goals = list[Table](), list[Goal]()

@@ -13,7 +13,7 @@ from asgd_jax.training import default_config
 from asgd_jax.training.setup import set_up
 from benchmarks.harness import exponent, interleave, spread, tree_bytes
 from benchmarks.loops import Loop, make_loop, make_workload
-from benchmarks.result import Options, Result, Table, TableRow
+from benchmarks.result import BenchOptions, Result, Table, TableRow
 from benchmarks.workers import serve, start
 
 TITLE = "how time and memory grow, with fitted exponents"
@@ -46,7 +46,7 @@ RUNS = (1, 2, 4, 8, 16, 32)
 DEVICES = (1, 2, 4, 8)
 
 
-def run(options: Options) -> Result:
+def run(options: BenchOptions) -> Result:
     """Measures every axis; see the module."""
     tables, fits = list[Table](), list[TableRow]()
     for axis in QUICK_AXES if options.quick else AXES:

@@ -12,7 +12,7 @@ import numpy as np
 from asgd_jax import data
 from benchmarks.harness import Times, interleave, ratio, spread
 from benchmarks.report import num_cores
-from benchmarks.result import Goal, Options, Result, Skipped, Table, TableRow, goal
+from benchmarks.result import BenchOptions, Goal, Result, Skipped, Table, TableRow, goal
 from benchmarks.workers import MALLOC, Worker, start
 from experiments.claims import at_least
 
@@ -75,7 +75,7 @@ _REASONS = {
 }
 
 
-def run(options: Options) -> Result:
+def run(options: BenchOptions) -> Result:
     """Times both sides in turns, in two processes with the same threads and malloc settings.
 
     Raises:

@@ -7,7 +7,7 @@ from experiments.claims import Claim
 TableRow = dict[str, Any]
 
 
-class Options(NamedTuple):
+class BenchOptions(NamedTuple):
     """How to run the items.
 
     Attributes:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import merge_item
-from benchmarks.result import Options, Skipped, result_to_json
+from benchmarks.result import BenchOptions, Skipped, result_to_json
 from experiments.claims import Claim, verdict
 
 _MODULES = "benchmarks"
@@ -45,7 +45,7 @@ def item_names(text: str) -> list[str]:
     return [name for name in ITEMS if name in asked]
 
 
-def run_items(names: Sequence[str], out: Path, options: Options) -> dict[str, Any]:
+def run_items(names: Sequence[str], out: Path, options: BenchOptions) -> dict[str, Any]:
     """Measures the items and merges each into `out`/bench.json and README.md as soon as it is done.
 
     Returns:

@@ -13,7 +13,7 @@ from asgd_jax import data
 from asgd_jax.data import jpeg, prepared
 from benchmarks.harness import interleave, ratio, spread
 from benchmarks.report import num_cores
-from benchmarks.result import Goal, Options, Result, Skipped, Table, TableRow, goal
+from benchmarks.result import BenchOptions, Goal, Result, Skipped, Table, TableRow, goal
 from experiments.claims import at_least
 
 TITLE = "decoding and augmenting ImageNet, and the wait for data in training"
@@ -29,7 +29,7 @@ _REASON = (
 )
 
 
-def run(options: Options) -> Result:
+def run(options: BenchOptions) -> Result:
     """Measures both; see the module.
 
     Raises:

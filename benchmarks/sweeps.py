@@ -20,7 +20,7 @@ from asgd_jax.training.sweep import (
 )
 from asgd_jax.training.sweep_program import compile_runs, make_whole_run, put_samples
 from benchmarks.harness import interleave, ratio, spread
-from benchmarks.result import Goal, Options, Result, Table, TableRow, goal
+from benchmarks.result import BenchOptions, Goal, Result, Table, TableRow, goal
 from benchmarks.workers import checkout
 from configs.digits import get_config
 from experiments.claims import at_least, at_most
@@ -65,7 +65,7 @@ def _digits(**changes: Any) -> ConfigDict:
     return config
 
 
-def run(options: Options) -> Result:
+def run(options: BenchOptions) -> Result:
     """Measures both; see the module."""
     rows, goals = list[TableRow](), list[Goal]()
     for case in QUICK_CASES if options.quick else CASES:

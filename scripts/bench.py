@@ -21,12 +21,12 @@ def main() -> int:
     options = parser.parse_args()
 
     from asgd_jax.training.command import named_folder
-    from benchmarks.result import Options
+    from benchmarks.result import BenchOptions
     from benchmarks.run import item_names, run_items
 
     try:
         out = named_folder(options.out, "out")
-        run_items(item_names(options.only), out, Options(options.quick, options.torch_python))
+        run_items(item_names(options.only), out, BenchOptions(options.quick, options.torch_python))
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     print(f"see {out / 'README.md'}")

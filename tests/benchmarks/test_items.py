@@ -18,7 +18,7 @@ from asgd_jax.training.step import cross_entropy
 from benchmarks import delay_cost, growth, pytorch
 from benchmarks.jax_worker import make_epochs
 from benchmarks.loops import NUM_BATCHES, make_loop, make_workload
-from benchmarks.result import Options, Skipped
+from benchmarks.result import BenchOptions, Skipped
 from benchmarks.run import ITEMS, item_names
 
 ROOT = Path(__file__).parents[2]
@@ -147,7 +147,7 @@ def test_both_sides_of_the_comparison_learn_the_same(tmp_path):
 
 def test_without_pytorch_the_item_is_skipped_with_the_remedy(tmp_path):
     with pytest.raises(Skipped, match=r"pip install 'asgd-jax\[bench\]'"):
-        pytorch.run(Options(quick=True, torch_python=str(tmp_path / "python")))
+        pytorch.run(BenchOptions(quick=True, torch_python=str(tmp_path / "python")))
 
 
 def test_pytorch_counts_its_faster_setting_in_each_round():

@@ -16,7 +16,7 @@ from asgd_jax.training.state import PyTree, TrainState
 from asgd_jax.training.step import Batch
 
 Placed = Any  # a train state as the compiled functions take it
-Step = Callable[..., tuple[TrainState, Any]]
+StateFunction = Callable[..., tuple[TrainState, Any]]
 
 
 class Placement(NamedTuple):
@@ -36,7 +36,7 @@ class Placement(NamedTuple):
     get: Callable[[Placed], PyTree]
     put_batch: Callable[[tuple[np.ndarray, np.ndarray], tuple[int, int]], Batch]
     share: Callable[[Batch], Batch]
-    compile: Callable[[Step, int, int], Callable[..., tuple[Placed, Any]]]
+    compile: Callable[[StateFunction, int, int], Callable[..., tuple[Placed, Any]]]
 
 
 def jitted(mesh: Mesh, state_sharding: PyTree) -> Placement:
@@ -86,7 +86,7 @@ def pmapped(mesh: Mesh) -> Placement:
             lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=1), batch
         )
 
-    def compile(function: Step, num_placed: int, num_plain: int) -> Callable[..., Any]:
+    def compile(function: StateFunction, num_placed: int, num_plain: int) -> Callable[..., Any]:
         mapped = jax.pmap(
             function,
             axis_name=devices.AXIS,
