@@ -89,15 +89,7 @@ def default_config() -> ConfigDict:
     config.weight_decay_on = "all"  # all, or kernels (of convolutions and dense layers)
     config.clip_norm = placeholder(float)  # global gradient norm, on the server
     config.label_smoothing = 0.0
-    # Devices.
-    config.parallelism = "jit"  # jit over a mesh, or pmap
-    config.num_devices = placeholder(int)  # None: all
-    config.shard_history = False  # each device holds its part of every slot (jit only)
-    config.multihost = False  # join the processes of several hosts
-    config.coordinator = placeholder(str)  # HOST:PORT; None where JAX knows the cluster
-    config.coordinator_timeout = 300  # seconds that the processes wait for one another
-    config.num_processes = placeholder(int)
-    config.process_id = placeholder(int)
+    _add_devices(config)
     # The run.
     config.epochs = 3
     config.log_every_steps = placeholder(int)  # None: once an epoch
@@ -109,6 +101,17 @@ def default_config() -> ConfigDict:
     config.checkpoint_every_steps = placeholder(int)  # besides; None: only by epochs
     config.keep_checkpoints = 3  # the last ones; the one of least validation error stays too
     return config
+
+
+def _add_devices(config: ConfigDict) -> None:
+    config.parallelism = "jit"  # jit over a mesh, or pmap
+    config.num_devices = placeholder(int)  # None: all
+    config.shard_history = False  # each device holds its part of every slot (jit only)
+    config.multihost = False  # join the processes of several hosts
+    config.coordinator = placeholder(str)  # HOST:PORT; None where JAX knows the cluster
+    config.coordinator_timeout = 300  # seconds that the processes wait for one another
+    config.num_processes = placeholder(int)
+    config.process_id = placeholder(int)
 
 
 def check_field(config: ConfigDict, path: str) -> None:

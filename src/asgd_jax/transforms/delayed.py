@@ -133,14 +133,7 @@ def delayed(
     _refuse_traced(delay=delay, every=every, skip_nonfinite=skip_nonfinite)
     process = as_process(delay)
     depth = process.max_delay
-    if history_dtype is not None and not _is_wide_float(history_dtype):
-        raise ValueError(
-            "history_dtype must be a floating-point dtype of 16 bits or more, "
-            f"got {history_dtype!r}"
-        )
-    every = as_integer(every, "every")
-    if every < 1:
-        raise ValueError("every must be >= 1, got 0: 1 updates at every gradient")
+    every = _check_options(every, history_dtype)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: PyTree) -> DelayedState:
@@ -225,8 +218,18 @@ def _check(state: DelayedState, depth: int, params: PyTree, dtype: DTypeLike | N
         )
 
 
-def _is_wide_float(dtype: DTypeLike) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize > 1
+def _check_options(every: int, dtype: DTypeLike | None) -> int:
+    """Returns `every`, an int >= 1, for a dtype that can store a history."""
+    if dtype is not None and not (
+        jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize > 1
+    ):
+        raise ValueError(
+            f"history_dtype must be a floating-point dtype of 16 bits or more, got {dtype!r}"
+        )
+    every = as_integer(every, "every")
+    if every < 1:
+        raise ValueError("every must be >= 1, got 0: 1 updates at every gradient")
+    return every
 
 
 def _refuse_delay_within(inner_state: optax.OptState) -> None:
