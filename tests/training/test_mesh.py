@@ -157,7 +157,7 @@ def test_pmap_normalises_by_the_batch_of_each_device(config):
     assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, setup.state)
     samples = np.asarray(data.epoch_batches(config.seed, 0, setup.feed.facts.plan))[0, 0]
     halves = []
-    gradient = make_gradient(setup.run.model, setup.feed.facts.preprocess)
+    gradient = jax.jit(make_gradient(setup.run.model, setup.feed.facts.preprocess))
     for mine in np.split(samples, 2):
         images, labels = setup.feed.samples.train_images, setup.feed.samples.train_labels
         batch = Batch(images[mine][None], labels[mine][None])
