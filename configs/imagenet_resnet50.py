@@ -19,8 +19,8 @@ The captions don't give the number of workers: 32 make the batch of Goyal et al.
 
 Data: TFDS's `imagenet2012`, prepared as docs/running_on_cloud_tpu.md says.
 Hardware. Memory as `plan_memory` gives it: 38 GiB for `shifted` on one device, 32 of them
-activations, 3.1 each for 32 past parameters and for the momentum of 32 workers; shifted_normal
-keeps 76 of each. `--config.shard_history=true` splits the past parameters over the devices. An
+activations, 3.0 for 31 past parameters and 3.1 for the momentum of 32 workers; shifted_normal
+keeps 64 and 65. `--config.shard_history=true` splits the past parameters over the devices. An
 update of ssgd has 8,192 images at once, 1.4 TB of activations over all devices: 64 chips of
 32 GB. `--config.dtype=bfloat16` about halves activations.
 Wall time, ESTIMATES from 25 GFLOP an image and update, not measured: 15 hours an arm of A-SGD on

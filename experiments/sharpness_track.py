@@ -56,9 +56,9 @@ def make_track(problem: Problem) -> Callable[..., list[Sample]]:
       problem: its one batch is the whole training set.
 
     Returns:
-      `track`, of an optimizer whose outermost transform is `delayed` and of the numbers of updates,
-      rising from 0 or more, after which to measure: a `Sample` for each. The measurement compiles
-      once for all optimizers, the updates once for each.
+      `track`, of an optimizer and of the numbers of updates, rising from 0 or more, after which to
+      measure: a `Sample` for each. The measurement compiles once for all optimizers, the updates
+      once for each.
 
     Raises:
       ValueError: when the problem has more than one batch; from `track`, for steps that don't rise.

@@ -90,35 +90,32 @@ def load_config(address: str) -> ConfigDict:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the configuration; returns the exit code, see `run_command`."""
-    from asgd_jax.training.command import run_command
-
-    return run_command("train.py", lambda: _run(parse(arguments)))
-
-
-def _run(command: Command) -> None:
+    """Runs the configuration; returns the exit code, see `exit_code`."""
     from asgd_jax.training import train
+    from asgd_jax.training.command import exit_code
     from asgd_jax.training.mesh import initialize_processes
     from asgd_jax.training.plan import format_plan, plan_memory
 
-    config, workdir = command
-    if config.multihost:
-        initialize_processes(
-            config.coordinator,
-            config.num_processes,
-            config.process_id,
-            config.coordinator_timeout,
-        )
-    if workdir is None:
-        print(format_plan(config, plan_memory(config)))
-        return
-    summary = train(config, workdir)
-    final = summary["final"]
-    print(
-        f"{summary['status']} after {summary['steps']} steps: "
-        f"train loss {final['train_loss']:.4g}, validation error {final['validation_error']:.2%}; "
-        f"see {workdir}"
-    )
+    with exit_code("train.py") as code:
+        config, workdir = parse(arguments)
+        if config.multihost:
+            initialize_processes(
+                config.coordinator,
+                config.num_processes,
+                config.process_id,
+                config.coordinator_timeout,
+            )
+        if workdir is None:
+            print(format_plan(config, plan_memory(config)))
+        else:
+            summary = train(config, workdir)
+            final = summary["final"]
+            print(
+                f"{summary['status']} after {summary['steps']} steps: "
+                f"train loss {final['train_loss']:.4g}, "
+                f"validation error {final['validation_error']:.2%}; see {workdir}"
+            )
+    return code[0]
 
 
 def quiet() -> None:

@@ -28,14 +28,12 @@ class MaxLearningRate(NamedTuple):
       lower: the largest learning rate that stayed.
       upper: the smallest that left.
       predicted: of the theory, from the minimum's sharpness.
-      num_runs: how many learning rates were tried.
     """
 
     value: float
     lower: float
     upper: float
     predicted: float
-    num_runs: int
 
 
 def measure_max_learning_rate(
@@ -88,7 +86,7 @@ def measure_max_learning_rate(
     predicted = stability.max_learning_rate(delay, sharpness=minimum.sharpness, **method)
     steps = math.ceil(e_fold(delay, resolution, **method))
     optimizer = partial(delayed_sgd, delay=delay, **method)
-    run = _make_departure(loss_fn, optimizer, steps, perturbation, growth_limit)
+    run = _make_leaves(loss_fn, optimizer, steps, perturbation, growth_limit)
     stacked, limit = stack(batches), jnp.float32(most_loss(minimum.loss))
 
     def leaves(learning_rate: float) -> bool:
@@ -96,8 +94,8 @@ def measure_max_learning_rate(
         return bool(run(rate, minimum.params, limit, minimum.direction, stacked))
 
     # From a step of 1, not from the prediction: it is to be tested.
-    lower, upper, num_runs = bisect(leaves, 1.0 / minimum.sharpness, resolution)
-    return MaxLearningRate(math.sqrt(lower * upper), lower, upper, predicted, num_runs)
+    lower, upper, _ = bisect(leaves, 1.0 / minimum.sharpness, resolution)
+    return MaxLearningRate(math.sqrt(lower * upper), lower, upper, predicted)
 
 
 def bisect(
@@ -129,7 +127,7 @@ def bisect(
     return lower, upper, len(left)
 
 
-def _make_departure(
+def _make_leaves(
     loss_fn: LossFn,
     make_optimizer: Callable[[jax.Array], optax.GradientTransformation],
     e_fold: int,

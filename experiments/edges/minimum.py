@@ -12,6 +12,7 @@ from asgd_jax import curvature, data
 from asgd_jax.curvature import LossFn
 from asgd_jax.data.in_memory import Dataset
 from asgd_jax.models import create
+from asgd_jax.transforms import update_params
 
 
 class Problem(NamedTuple):
@@ -140,10 +141,8 @@ def _descend(
 
     def step(carry: Any) -> Any:
         params, state, loss, gradient, steps = carry
-        updates, state = tx.update(
-            gradient, state, params, value=loss, grad=gradient, value_fn=mean_loss
-        )
-        params = optax.apply_updates(params, updates)
+        known = {"value": loss, "grad": gradient, "value_fn": mean_loss}
+        params, state, _ = update_params(tx, lambda _: (gradient, None), params, state, **known)
         return params, state, *jax.value_and_grad(mean_loss)(params), steps + 1
 
     start = params, tx.init(params), *jax.value_and_grad(mean_loss)(params), jnp.int32(0)

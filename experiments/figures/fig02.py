@@ -83,7 +83,7 @@ PRESETS = {
 
 def run(config: ConfigDict, work: Path) -> list[Record]:
     """Returns a row per measurement of every mini-batch run, and one per full-batch edge."""
-    folder = work / "vgg_escape"
+    folder = work / "edges"
     start = reach_minimum(config.start, folder)
     branch = config.start.copy_and_resolve_references()
     branch.worker_batch_size = config.worker_batch_size

@@ -168,7 +168,8 @@ def test_runs_leave_from_given_parameters():
     assert stayed[0]["full_train_loss"] == pytest.approx(math.log(10), rel=0.01)
     limit = math.log(10) + 0.5
     above = [record["full_train_loss"] > limit for record in left]
-    assert len(left) == 6 or above[-2:] == [True, True]
+    twice = [above[k] and above[k - 1] for k in range(1, len(left))]
+    assert twice == [False] * (len(twice) - 1) + [True]  # its last row, whoever shares its vmap
 
 
 @pytest.mark.realdata

@@ -65,32 +65,44 @@ def catch_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def run_command(program: str, command: Callable[[], None], *, stopped: str | None = None) -> int:
-    """Runs what a command line asks for; returns its exit code.
+@contextmanager
+def exit_code(program: str, *, stopped: str | None = None) -> Iterator[list[int]]:
+    """Within it an error is one line on standard error; afterwards `[code]` has the exit code.
 
-    That is 0, or after one line on standard error: 2 for a mistake of the user's, 75 when stopped
-    by a signal at a checkpoint, 130 when interrupted elsewhere.
+    That is 0, or 2 for a mistake of the user's (ValueError, OSError), 75 when stopped by a signal
+    at a checkpoint, 130 when interrupted elsewhere.
 
     Args:
       program: its name, with which the line begins.
-      command: raises ValueError or OSError for a mistake.
       stopped: what to say when it was stopped, if not that the same command resumes.
+
+    >>> with exit_code("demo") as code:
+    ...     pass
+    >>> code
+    [0]
+    """
+    code = [0]
+    try:
+        yield code
+        return
+    except (OSError, ValueError) as error:
+        code[0], line = 2, " ".join(str(error).split())
+    except Preempted as stop:
+        code[0], line = EXIT_CODE, stopped or str(stop)
+    except KeyboardInterrupt:
+        code[0], line = 130, stopped or "interrupted; what is finished is kept"
+    print(f"{program}: {line}", file=sys.stderr)
+
+
+def run_command(program: str, command: Callable[[], None], *, stopped: str | None = None) -> int:
+    """Runs what a command line asks for; returns its exit code, see `exit_code`.
 
     >>> run_command("demo", lambda: None)
     0
     """
-    try:
+    with exit_code(program, stopped=stopped) as code:
         command()
-    except (OSError, ValueError) as error:
-        code, line = 2, " ".join(str(error).split())
-    except Preempted as stop:
-        code, line = EXIT_CODE, stopped or str(stop)
-    except KeyboardInterrupt:
-        code, line = 130, stopped or "interrupted; what is finished is kept"
-    else:
-        return 0
-    print(f"{program}: {line}", file=sys.stderr)
-    return code
+    return code[0]
 
 
 def named_folder(text: str, option: str) -> Path:

@@ -61,42 +61,42 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
     setup = set_up(config)
     plan = setup.feed.facts.plan
     advance, row_of = make_advance(config, setup), _make_row(config, setup)
-    with rerun.hold_folder(workdir), _open_run(config, setup, workdir, progress) as opened:
-        state, reached = opened.state, opened.reached
-        placed = setup.placement.put(state)
-        started -= reached.wall_seconds
-        # A chunk ends where a row is due; the run ends with its epochs, or where it diverges.
-        for epoch, start, stop in chunk_bounds(config, plan.steps_per_epoch, reached.step):
-            before = time.perf_counter()
-            placed, totals = advance(placed, epoch, start, stop)
-            totals = jax.device_get(totals)
-            seconds = time.perf_counter() - before
-            row = row_of(placed, totals, epoch, start, stop, seconds)
-            opened.writer.write(row, np.asarray(totals.staleness))
-            reached = add_chunk(reached, totals, row, seconds, time.perf_counter() - started)
-            opened.bar.update(int(totals.steps))
-            if reached.diverged_at is not None:
-                break
-            stopping = (
-                opened.stop_requested() and reached.step < plan.steps_per_epoch * config.epochs
-            )
-            if stopping or _is_checkpoint_due(config, plan, reached.step, totals):
-                reached = reached._replace(metrics_bytes=opened.writer.num_bytes())
-                state = setup.placement.get(placed)
-                error = row.get("validation_error")
-                opened.checkpoints.save(reached.step, state, reached._asdict(), error)
-            if stopping:
-                raise Preempted(reached.step)
-    summary = _summarize(config, setup, reached)
-    if jax.process_index() == 0:
-        provenance.write_json(workdir / "summary.json", summary)
+    with rerun.hold_folder(workdir):
+        with _open_run(config, setup, workdir, progress) as opened:
+            placed, reached = opened.placed, opened.reached
+            started -= reached.wall_seconds
+            # A chunk ends where a row is due; the run ends with its epochs, or where it diverges.
+            for epoch, start, stop in chunk_bounds(config, plan.steps_per_epoch, reached.step):
+                before = time.perf_counter()
+                placed, totals = advance(placed, epoch, start, stop)
+                totals = jax.device_get(totals)
+                seconds = time.perf_counter() - before
+                row = row_of(placed, totals, epoch, start, stop, seconds)
+                opened.writer.write(row, np.asarray(totals.staleness))
+                reached = add_chunk(reached, totals, row, seconds, time.perf_counter() - started)
+                opened.bar.update(int(totals.steps))
+                if reached.diverged_at is not None:
+                    break
+                more = reached.step < plan.steps_per_epoch * config.epochs
+                stopping = opened.stop_requested() and more
+                if stopping or _is_checkpoint_due(config, plan, reached.step, totals):
+                    reached = reached._replace(metrics_bytes=opened.writer.num_bytes())
+                    error = row.get("validation_error")
+                    state = setup.placement.get(placed)
+                    opened.checkpoints.save(reached.step, state, reached._asdict(), error)
+                    del state  # of pmap, a copy
+                if stopping:
+                    raise Preempted(reached.step)
+        summary = _summarize(config, setup, reached)
+        if jax.process_index() == 0:
+            provenance.write_json(workdir / "summary.json", summary)
     return summary
 
 
 class _Opened(NamedTuple):
     """The folder of a run, ready to go on: its last state, and where what comes next is written."""
 
-    state: TrainState
+    placed: Placed
     reached: Progress
     writer: metrics.Writer
     checkpoints: Checkpoints
@@ -114,12 +114,15 @@ def _open_run(config: ConfigDict, setup: Setup, workdir: Path, progress: bool) -
         checkpoints = open_checkpoints(workdir, fingerprint, keep=config.keep_checkpoints)
         stack.callback(checkpoints.close)
         state, reached = _resume(config, setup, checkpoints)
+        placed = setup.placement.put(state)
+        if placed is not state:  # under pmap a copy a device: two states may not fit
+            jax.tree.map(lambda leaf: leaf.delete(), state)
         writer = _open_folder(config, workdir, reached)
         stack.callback(writer.close)
         total = plan.steps_per_epoch * config.epochs
         bar = progress_bar(total, unit="step", initial=reached.step, show=progress)
         stack.enter_context(bar)
-        yield _Opened(state, reached, writer, checkpoints, stop_requested, bar)
+        yield _Opened(placed, reached, writer, checkpoints, stop_requested, bar)
 
 
 def _resume(
@@ -176,7 +179,7 @@ def _make_row(config: ConfigDict, setup: Setup) -> Callable[..., metrics.Row]:
         }
         diverged = totals.diverged_at != NOT_DIVERGED
         if _is_evaluated(config, steps_per_epoch, epoch, stop) or diverged:
-            loss, error = validate(get(placed))
+            loss, error = validate(get(placed._replace(opt_state=())))
             row |= {"validation_loss": float(loss), "validation_error": float(error)}
         return row
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from asgd_jax.training import mesh as devices
 from asgd_jax.training.batch_stats import recalibrate
-from asgd_jax.training.config import validate_config
+from asgd_jax.training.config import STREAMED, validate_config
 from asgd_jax.training.evaluate import Sums, pad_to_batches
 from asgd_jax.training.feed import Feed, first_inputs, open_feed
 from asgd_jax.training.placement import Placement, jitted, pmapped
@@ -42,6 +42,12 @@ def set_up(config: ConfigDict) -> Setup:
         raise ValueError(
             f"parallelism='pmap' is for the devices of one process and this run has "
             f"{jax.process_count()} processes: use parallelism='jit'"
+        )
+    shared = config.dataset in STREAMED and jax.process_count() > 1
+    if config.batch_stats == "recalibrate" and shared:
+        raise ValueError(
+            "batch_stats='recalibrate' needs all of a batch in every process, and streams give "
+            "each its share: use batch_stats='server'"
         )
     devices.check_divisible(config.worker_batch_size, mesh.size)
     feed = open_feed(config)

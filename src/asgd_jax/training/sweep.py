@@ -200,6 +200,11 @@ def point_config(config: ConfigDict, point: Point) -> ConfigDict:
     devices.make_mesh(changed.num_devices)
     make_delay_process(changed, 1)  # a bad trace
     if not _is_streamed(changed):
+        if changed.epochs % changed.eval_every_epochs:
+            raise ValueError(
+                f"epochs={changed.epochs} is no multiple of "
+                f"eval_every_epochs={changed.eval_every_epochs}, which a sweep needs: change either"
+            )
         for field, value in (("batch_stats", "recalibrate"), ("parallelism", "pmap")):
             if changed[field] == value:
                 raise ValueError(f"{field}={value!r} is not done in a sweep: use the default")

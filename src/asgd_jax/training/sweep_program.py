@@ -137,7 +137,9 @@ def make_whole_run(shared: Shared) -> WholeRun:
             state, totals = train_row(values, samples, carry.state, carry.epoch)
             full_loss, loss, error = _measure(shared, run, samples, state)
             means = totals.loss / totals.steps, totals.error / totals.steps
-            row = Curve(state.step, *means, full_loss, loss, error, totals.diverged_at)
+            # Runs of one `vmap` go on together: one that has ended writes no more rows.
+            steps = jnp.where(carry.ended, 0, state.step)
+            row = Curve(steps, *means, full_loss, loss, error, totals.diverged_at)
             above = ~(full_loss <= values.leave_loss) & shared.full_train  # NaN is above
             diverged = totals.diverged_at != NOT_DIVERGED
             return _Carry(
@@ -239,8 +241,6 @@ def compile_runs(
 
 def rows_of(curve: Curve) -> list[dict[str, float | int]]:
     """Returns the rows of one run up to its end, from its curve on the host."""
-    written = np.asarray(curve.steps) > 0
-    diverged = np.asarray(curve.diverged_at) != NOT_DIVERGED
-    kept = int(np.argmax(diverged)) + 1 if diverged.any() else int(written.sum())
+    kept = int((np.asarray(curve.steps) > 0).sum())
     columns = {name: np.asarray(column) for name, column in curve._asdict().items()}
     return [{name: column[row].item() for name, column in columns.items()} for row in range(kept)]

@@ -40,7 +40,10 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Returns the git commit of this source, "-dirty" if changed since; None outside git."""
+    """Returns the git commit of this source, "-dirty" if changed since; None outside git.
+
+    Recipes and laboratory count as well, results do not: those are what is being made.
+    """
     folder = Path(__file__).parents[2]  # of the package
 
     def git(*arguments: str) -> str:
@@ -48,7 +51,8 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(folder))
+        status = ("status", "--porcelain", "--untracked-files=no")
+        changed = git(*status, "--", ":(top)", ":(top,exclude)results", ":(top,exclude)docs")
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
