@@ -9,6 +9,7 @@ needs neither data nor workdir.
 
 import argparse
 import inspect
+import logging as stdlib_logging
 import re
 import runpy
 import sys
@@ -123,6 +124,7 @@ def quiet() -> None:
     # TFDS reports every file that it opens, Orbax the traceback of every error that it also raises.
     # A warning may be all that is ever said.
     logging.set_verbosity(logging.WARNING)
+    stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)  # Orbax raises it too
     logging.get_absl_logger().addFilter(lambda record: record.levelname == "WARNING")
 
     def report(unraisable: Any) -> None:

@@ -160,10 +160,10 @@ def test_runs_leave_from_given_parameters():
     model = make_model(config, 10)
     params = model.init(jax.random.key(0), images, train=False)["params"]
     zeros = jax.tree.map(np.zeros_like, params)
-    points = [{"learning_rate": rate} for rate in (0.01, 5.0)]
+    points = [{"learning_rate": rate} for rate in (0.01, 20.0)]
     records = sweep(config, points, initial=zeros, leave_loss=math.log(10) + 0.5)
     stayed = [record for record in records if record["learning_rate"] == 0.01]
-    left = [record for record in records if record["learning_rate"] == 5.0]
+    left = [record for record in records if record["learning_rate"] == 20.0]
     assert len(stayed) == 6
     assert stayed[0]["full_train_loss"] == pytest.approx(math.log(10), rel=0.01)
     limit = math.log(10) + 0.5
