@@ -175,8 +175,9 @@ def validate_config(config: ConfigDict) -> None:
     ...
     ValueError: delay=30 with num_workers=32: delay + 1 must divide num_workers; ...
     """
-    _fields(config)
-    _refuse_unused(config)
+    defaults = default_config()
+    _fields(config, defaults)
+    _refuse_unused(config, defaults)
     for field, known in _CHOICES.items():
         if config[field] not in known:
             raise ValueError(f"unknown {field}={config[field]!r}: use one of {', '.join(known)}")
@@ -211,8 +212,7 @@ def validate_config(config: ConfigDict) -> None:
         _dtype(config, "history_dtype")
 
 
-def _fields(config: ConfigDict) -> None:
-    known = default_config()
+def _fields(config: ConfigDict, known: ConfigDict) -> None:
     for field, value in config.items():
         check_field(known, field)
         if isinstance(value, int) and value > _LARGEST and field != "seed":
@@ -222,10 +222,9 @@ def _fields(config: ConfigDict) -> None:
             raise ValueError(f"the configuration has no field {field}: start from default_config()")
 
 
-def _refuse_unused(config: ConfigDict) -> None:
+def _refuse_unused(config: ConfigDict, defaults: ConfigDict) -> None:
     """Refuses a data field that has been changed and that data of this kind does not heed."""
     streamed = config.dataset in STREAMED
-    defaults = default_config()
     for field in _IN_MEMORY_ONLY if streamed else ("image_size",):
         if config[field] != defaults[field]:
             kind = "streamed" if streamed else "in memory"

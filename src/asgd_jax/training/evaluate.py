@@ -24,6 +24,15 @@ class Sums(NamedTuple):
         return self.loss / self.num_samples, self.num_wrong / self.num_samples
 
 
+def round_up(number: int, multiple: int) -> int:
+    """Returns the least multiple that is not below the number.
+
+    >>> round_up(9, 8)
+    16
+    """
+    return -(-number // multiple) * multiple
+
+
 def pad_to_batches(
     images: np.ndarray, labels: np.ndarray, batch_size: int, multiple: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -40,7 +49,7 @@ def pad_to_batches(
     >>> pad_to_batches(np.zeros((5, 2)), np.arange(5), 3)[1].tolist()
     [[0, 1, 2], [3, 4, -1]]
     """
-    batch_size = -(-min(batch_size, len(labels)) // multiple) * multiple
+    batch_size = round_up(min(batch_size, len(labels)), multiple)
     missing = -len(labels) % batch_size
     images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
     labels = np.concatenate([labels, np.full(missing, -1, labels.dtype)])

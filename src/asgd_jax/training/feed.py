@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from asgd_jax import data
 from asgd_jax.training.config import STREAMED
 from asgd_jax.training.program import DataSpec
-from asgd_jax.training.step import Preprocess
 
 HostBatch = tuple[np.ndarray, np.ndarray]  # images, labels
 
@@ -56,12 +55,14 @@ def open_feed(config: ConfigDict) -> Feed:
 
 def feed_of(config: ConfigDict, dataset: data.Dataset) -> Feed:
     """Returns the feed of a data set that is loaded already."""
+    normalize = data.normalizer(dataset)
+    augment = data.augmenter(config.dataset) if config.augment else data.identity
     facts = DataSpec(
         plan=plan_of(config, len(dataset.train_labels)),
         num_classes=dataset.num_classes,
         image_shape=dataset.train_images.shape[1:],
-        preprocess=make_preprocess(config, dataset),
-        normalize=data.normalizer(dataset),
+        preprocess=lambda key, images: normalize(augment(key, images)),
+        normalize=normalize,
     )
     return Feed(facts, dataset, None)
 
@@ -85,13 +86,6 @@ def load_dataset(config: ConfigDict) -> data.Dataset:
         num_validation=config.num_validation,
         normalize=config.normalize,
     )
-
-
-def make_preprocess(config: ConfigDict, dataset: data.Dataset) -> Preprocess:
-    """Returns `preprocess(key, raw images)`: augmentation, where asked for, then normalisation."""
-    normalize = data.normalizer(dataset)
-    augment = data.augmenter(config.dataset) if config.augment else data.identity
-    return lambda key, images: normalize(augment(key, images))
 
 
 def first_inputs(config: ConfigDict, feed: Feed, num_batches: int) -> Iterator[jax.Array]:

@@ -123,6 +123,8 @@ def make_model(config: ConfigDict, num_classes: int) -> nn.Module:
     )
 
 
-def shape_of_params(run: Run) -> PyTree:
-    """Returns the shapes of the run's parameters, without computing them."""
-    return jax.eval_shape(lambda: run.init(jnp.zeros(2, jnp.uint32))).params
+def shape_of_params(config: ConfigDict, facts: DataSpec) -> PyTree:
+    """Returns the shapes of a configuration's parameters, without computing them."""
+    model, image = make_model(config, facts.num_classes), jnp.zeros((1, *facts.image_shape))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
+    return variables["params"]

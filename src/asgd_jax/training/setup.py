@@ -1,7 +1,7 @@
 """A run on its devices and data, ready for its first update."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from asgd_jax.training import mesh as devices
 from asgd_jax.training.batch_stats import recalibrate
 from asgd_jax.training.config import STREAMED, validate_config
-from asgd_jax.training.evaluate import Sums, pad_to_batches
+from asgd_jax.training.evaluate import Sums, pad_to_batches, round_up
 from asgd_jax.training.feed import Feed, first_inputs, open_feed
 from asgd_jax.training.placement import Placement, jitted, pmapped
 from asgd_jax.training.program import Run, build_run, make_model
@@ -83,17 +83,15 @@ def make_validation(
 
     def validate(state: TrainState) -> tuple[jax.Array, jax.Array]:
         assert feed.stream is not None, "a feed has samples or a stream"
-        batch_size = -(-config.eval_batch_size // mesh.size) * mesh.size
+        batch_size = round_up(config.eval_batch_size, mesh.size)
         stats, total = statistics(state), None
         for batch in feed.stream.validation(batch_size):
-            one = jax.tree.map(lambda array: _split(array[None], split), batch)
+            one = tuple(
+                jax.make_array_from_process_local_data(split, array[None]) for array in batch
+            )
             sums = measure(state.params, stats, one)
             total = sums if total is None else jax.tree.map(jax.numpy.add, total, sums)
         assert isinstance(total, Sums), "a validation set has samples"
         return total.means()
 
     return validate
-
-
-def _split(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    return jax.make_array_from_process_local_data(sharding, array)

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import tempfile
-import zlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from asgd_jax.checksum import checksum
 from asgd_jax.data.in_memory import Dataset
 from asgd_jax.delays import DelayProcess
 from asgd_jax.training import mesh as devices
@@ -22,7 +22,7 @@ from asgd_jax.training.feed import feed_of, load_dataset, plan_of
 from asgd_jax.training.folder import rerun
 from asgd_jax.training.folder.table import Record, RunTable, add_runs, open_table, run_key
 from asgd_jax.training.optimizer import Values, effective_learning_rate, make_delay_process
-from asgd_jax.training.program import build_run, make_model, shape_of_params
+from asgd_jax.training.program import make_model, shape_of_params
 from asgd_jax.training.single_runs import Finished, refuse_options, train_each, with_epochs
 from asgd_jax.training.state import PyTree, num_params
 from asgd_jax.training.sweep_program import (
@@ -255,10 +255,10 @@ def group_runs(
         fields = _ROWS if at_once > 1 else ()
         for members in _split(alike, [tuple(configs[k][name] for name in fields) for k in alike]):
             mine = [configs[index] for index in members]
-            plan = plan_of(mine[0], len(dataset.train_labels))
-            depth = max(_process(config, plan.steps_per_epoch).max_delay for config in mine)
-            early = at_once == 1
             facts = feed_of(mine[0], dataset).facts
+            steps_per_epoch = facts.plan.steps_per_epoch
+            depth = max(_process(config, steps_per_epoch).max_delay for config in mine)
+            early = at_once == 1
             shared = Shared(mine[0], facts, depth, stop_early=early, full_train=full_train)
             found.append(Runs(shared, members, mine, at_once))
     return found
@@ -320,11 +320,10 @@ def _program_key(config: ConfigDict, dataset: Dataset) -> str:
 
 def default_runs_at_once(config: ConfigDict, dataset: Dataset) -> int:
     """Returns how many runs of a configuration are quickest in one `vmap` on JAX's backend."""
-    params = shape_of_params(build_run(config, feed_of(config, dataset).facts))
-    dense = all(leaf.ndim <= 2 for leaf in jax.tree.leaves(params))
     if jax.default_backend() != "cpu":
         return _RUNS_AT_ONCE
-    if not dense:
+    params = shape_of_params(config, feed_of(config, dataset).facts)
+    if any(leaf.ndim > 2 for leaf in jax.tree.leaves(params)):  # convolutions
         return 1
     return _RUNS_AT_ONCE if num_params(params) < _SMALL_MODEL else _RUNS_AT_ONCE_LARGE
 
@@ -366,14 +365,10 @@ def _staleness(config: ConfigDict, steps_per_epoch: int, length: int) -> np.ndar
 def _fingerprint(
     config: ConfigDict, points: Sequence[Point], initial: PyTree | None, leave_loss: float
 ) -> dict[str, Any]:
-    start = None if initial is None else zlib.crc32(b"".join(map(bytes, _leaves(initial))))
+    start = None if initial is None else int(checksum(initial))
     return rerun.fingerprint(config) | {
         **{field: config[field] for field in _REPORTED},
         "fields of a point": sorted(points[0]),
         "initial": start,
         "leave_loss": f"{leave_loss:.6g}",
     }
-
-
-def _leaves(tree: PyTree) -> list[np.ndarray]:
-    return [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(jax.device_get(tree))]

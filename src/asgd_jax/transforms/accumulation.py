@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from asgd_jax.transforms.history import PyTree
+from asgd_jax.transforms.history import PyTree, is_none
 
 
 class Accumulation(NamedTuple):
@@ -56,7 +56,7 @@ def accumulate(
         return mean + (gradient / every).astype(mean.dtype)
 
     so_far = accumulated.mean_so_far
-    mean = jax.tree.map(add, gradients, so_far, is_leaf=_is_none)
+    mean = jax.tree.map(add, gradients, so_far, is_leaf=is_none)
     fine = _all_finite(mean) if skip_nonfinite else True  # a sum can overflow too
     number = accumulated.num_accumulated + jnp.asarray(fine, jnp.int32)
     due = fine & (number == every)
@@ -67,7 +67,7 @@ def accumulate(
         # A gradient left out is not added, and zero times infinity is not zero.
         return jnp.where(due, 0, jnp.where(fine, new, old)).astype(old.dtype)
 
-    kept = jax.tree.map(keep, mean, so_far, is_leaf=_is_none)
+    kept = jax.tree.map(keep, mean, so_far, is_leaf=is_none)
     return due, mean, Accumulation(jnp.where(due, 0, number), kept)
 
 
@@ -96,7 +96,3 @@ def update_if(
 def _all_finite(tree: PyTree) -> bool | jax.Array:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all() if leaves else True
-
-
-def _is_none(node: Any) -> bool:
-    return node is None

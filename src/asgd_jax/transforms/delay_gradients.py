@@ -81,12 +81,12 @@ def delay_gradients(
         updates: PyTree, state: DelayGradientsState, params: PyTree | None = None
     ) -> tuple[PyTree, DelayGradientsState]:
         owner = f"delay_gradients(max_delay={depth - 1})"
-        check_ring(state.gradients, depth, owner, () if params is None else params)
+        check_ring(state.gradients, depth, owner, params)
         step = state.num_gradients
         staleness = jnp.clip(process.sample(state.key, step).astype(jnp.int32), 0, depth - 1)
         # The new gradient is stored first, which costs one slot more than a queue and saves a copy
         # of all slots: it does not depend on the gradient that it replaces.
-        gradients, old = write_then_read(state.gradients, step, updates, step - staleness, updates)
+        gradients, old = write_then_read(state.gradients, step, updates, step - staleness)
         return old, DelayGradientsState(step + 1, gradients, state.key)
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -72,7 +72,7 @@ jax.tree_util.register_pytree_with_keys(Ring, _flatten_with_keys, _unflatten, _f
 
 
 def _is_empty(slots: PyTree) -> bool:
-    return not jax.tree.leaves(slots, is_leaf=_is_none)
+    return not jax.tree.leaves(slots, is_leaf=is_none)
 
 
 def _is_sharding(node: Any) -> bool:
@@ -189,15 +189,15 @@ def read_slot(ring: Ring, slot: jax.Array | int, like: PyTree) -> PyTree:
 
 
 def write_then_read(
-    ring: Ring, write: jax.Array | int, tree: PyTree, read: jax.Array | int, like: PyTree
+    ring: Ring, write: jax.Array | int, tree: PyTree, read: jax.Array | int
 ) -> tuple[Ring, PyTree]:
-    """Writes `tree` into slot `write`, then reads slot `read` from the result.
+    """Writes `tree` into slot `write`, then reads slot `read` from the result, in its dtypes.
 
     In this order a donated ring is updated in place. Read first and the slices are fused into
     whatever uses them, perhaps after the write: XLA then keeps the old ring alive by copying it.
     """
     ring = write_slot(ring, write, tree)
-    return ring, read_slot(ring, read, like)
+    return ring, read_slot(ring, read, tree)
 
 
 def keep_slot_unless(write: bool | jax.Array, ring: Ring, slot: jax.Array, tree: PyTree) -> PyTree:
@@ -222,7 +222,7 @@ def with_value_dtypes(ring: Ring, tree: PyTree) -> PyTree:
 
 
 def check_ring(
-    ring: Ring, depth: int, owner: str, like: PyTree = (), dtype: DTypeLike | None = None
+    ring: Ring, depth: int, owner: str, like: PyTree | None, dtype: DTypeLike | None = None
 ) -> None:
     """Refuses a ring of another depth than `depth`, or that does not store leaves like these.
 
@@ -230,7 +230,7 @@ def check_ring(
       ring: to be checked.
       depth: number of slots.
       owner: whose it is, for the message.
-      like: the pytree that it stores; () checks the depth only.
+      like: the pytree that it stores; None checks the depth only.
       dtype: as given to `init_ring`.
 
     Raises:
@@ -243,7 +243,7 @@ def check_ring(
                 f"{_name(path)} and its delay needs {depth}: it is the state of another delay; "
                 "convert it by asgd_jax.resize_history(state, delay)"
             )
-    if isinstance(like, tuple) and like == ():
+    if like is None:
         return
     leaves, _, slots, _ = _paired(like, ring)
     for leaf, stored in zip(leaves, slots, strict=True):
@@ -288,8 +288,8 @@ def _paired(tree: PyTree, ring: Ring) -> tuple[list[Any], Any, list[Any], Any]:
     The two are matched by the paths of their leaves, not by structure: a Flax box in the ring has
     one name more than that of its parameter.
     """
-    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)
-    slots, ring_structure = jax.tree_util.tree_flatten_with_path(ring.slots, is_leaf=_is_none)
+    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)
+    slots, ring_structure = jax.tree_util.tree_flatten_with_path(ring.slots, is_leaf=is_none)
     if [path for path, _ in paths] != [path for path, _ in slots]:
         here, there = ({_name(path) for path, _ in pairs} for pairs in (paths, slots))
         raise ValueError(
@@ -311,7 +311,8 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path) or "the parameter"
 
 
-def _is_none(node: Any) -> bool:
+def is_none(node: Any) -> bool:
+    """Whether a node is None: a leaf without a value, where None is to count as one."""
     return node is None
 
 

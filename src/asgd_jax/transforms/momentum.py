@@ -13,6 +13,7 @@ from asgd_jax.transforms.history import (
     Ring,
     check_ring,
     init_ring,
+    is_none,
     read_slot,
     with_value_dtypes,
     write_then_read,
@@ -93,17 +94,17 @@ def shifted_trace(
     ) -> tuple[PyTree, ShiftedTraceState]:
         del extra_args
         owner = f"shifted_trace(max_delay={depth - 1})"
-        check_ring(state.buffers, depth, owner, () if params is None else params)
+        check_ring(state.buffers, depth, owner, params)
         _refuse_other_delay(delay, depth - 1, staleness)
         if staleness is None:
             staleness = jnp.minimum(depth - 1, state.num_pushes)
         like = with_value_dtypes(state.buffers, updates)
         own_buffer = read_slot(state.buffers, state.num_pushes - staleness, like)
-        new = jax.tree.map(accumulate, own_buffer, updates, is_leaf=lambda leaf: leaf is None)
+        new = jax.tree.map(accumulate, own_buffer, updates, is_leaf=is_none)
         slot = state.num_pushes + 1
         # Read back what was written: otherwise XLA computes it a second time inside the parameter
         # update, from the old ring and after the write, and copies the whole ring to allow it.
-        buffers, new_buffer = write_then_read(state.buffers, slot, new, slot, like)
+        buffers, new_buffer = write_then_read(state.buffers, slot, new, slot)
         return new_buffer, ShiftedTraceState(slot, buffers)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
