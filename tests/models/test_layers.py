@@ -60,7 +60,7 @@ def assert_close(actual, desired, ulps=64):
 
 @pytest.mark.parametrize("case", SHAPES)
 def test_both_implementations_are_the_convolution(case):
-    for conv_impl in ("patches", "lax"):
+    for conv_impl in ("cpu", "lax"):
         conv, variables, x = setup(case, conv_impl)
         padding = case[4]
         if isinstance(padding, str):
@@ -74,7 +74,7 @@ def test_both_implementations_are_the_convolution(case):
 @pytest.mark.parametrize("case", SHAPES)
 def test_implementations_agree_in_parameters_gradients_and_hessian_vector_products(case):
     results = []
-    for conv_impl in ("patches", "lax"):
+    for conv_impl in ("cpu", "lax"):
         conv, variables, x = setup(case, conv_impl)
         gradient = jax.grad(lambda v, x: jnp.sum(jnp.sin(conv.apply(v, x))), argnums=(0, 1))
         derivatives = jax.jit(lambda v, x: jax.jvp(gradient, (v, x), (v, x)))
@@ -85,7 +85,7 @@ def test_implementations_agree_in_parameters_gradients_and_hessian_vector_produc
     assert_close(patches[1], lax[1], ulps=512)
 
 
-@pytest.mark.parametrize("conv_impl", ["patches", "lax"])
+@pytest.mark.parametrize("conv_impl", ["cpu", "lax"])
 @pytest.mark.parametrize("case", [SHAPES[0], SHAPES[3], SHAPES[5], SHAPES[7]])
 def test_batch_last_is_the_same_layer_with_the_ends_exchanged(case, conv_impl):
     conv, variables, x = setup(case, "lax")
@@ -106,7 +106,7 @@ def test_batch_last_is_the_same_layer_with_the_ends_exchanged(case, conv_impl):
 
 
 def test_hessian_vector_products_of_batch_last_are_the_dense_hessians():
-    conv = layers.Conv(2, (2, 2), padding="VALID", conv_impl="patches", batch_last=True)
+    conv = layers.Conv(2, (2, 2), padding="VALID", conv_impl="cpu", batch_last=True)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 4, 4, 3)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(2, 2, 2, 2)), jnp.float32)
@@ -123,7 +123,7 @@ def test_hessian_vector_products_of_batch_last_are_the_dense_hessians():
 
 
 def test_batch_last_in_bfloat16_and_mapped_over_images_and_kernels():
-    conv, variables, x = setup(SHAPES[1], "patches")
+    conv, variables, x = setup(SHAPES[1], "cpu")
     turned = conv.clone(batch_last=True)
     images = jnp.stack([x, -2 * x, x + 1])
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf, -leaf]), variables)
@@ -141,7 +141,7 @@ def test_batch_last_in_bfloat16_and_mapped_over_images_and_kernels():
 
 def test_parameters_are_those_of_flax():
     case = SHAPES[3]
-    conv, _, x = setup(case, "patches")
+    conv, _, x = setup(case, "cpu")
     flax_conv = nn.Conv(case[1], case[2], strides=case[3], padding=case[4])
     variables = jax.jit(conv.init)(jax.random.key(1), x)
     expected = jax.jit(flax_conv.init)(jax.random.key(1), x)
@@ -150,11 +150,11 @@ def test_parameters_are_those_of_flax():
 
 
 def test_no_bias():
-    _, variables, _ = setup(SHAPES[1], "patches", use_bias=False)
+    _, variables, _ = setup(SHAPES[1], "cpu", use_bias=False)
     assert list(variables["params"]) == ["kernel"]
 
 
-@pytest.mark.parametrize("conv_impl", ["patches", "lax"])
+@pytest.mark.parametrize("conv_impl", ["cpu", "lax"])
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters(conv_impl):
     conv, variables, x = setup(SHAPES[1], conv_impl, dtype=jnp.bfloat16)
     y = conv.apply(variables, x)
@@ -164,8 +164,8 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters(conv_impl):
     np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=0.02 * float(exact.max()))
 
 
-def test_patches_have_no_convolution_and_lax_has_one():
-    for conv_impl, expected in (("patches", False), ("lax", True)):
+def test_small_outputs_have_no_convolution_and_lax_has_one():
+    for conv_impl, expected in (("cpu", False), ("lax", True)):
         conv, variables, x = setup(SHAPES[0], conv_impl)
         jaxpr = jax.make_jaxpr(jax.grad(lambda v, conv=conv, x=x: conv.apply(v, x).sum()))(
             variables
@@ -174,13 +174,13 @@ def test_patches_have_no_convolution_and_lax_has_one():
 
 
 def test_auto_is_chosen_by_the_backend(monkeypatch):
-    assert layers.resolve_conv_impl("auto") == "patches"
+    assert layers.resolve_conv_impl("auto") == "cpu"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert layers.resolve_conv_impl("auto") == "lax"
 
 
 def test_vmap_over_kernels():
-    conv, variables, x = setup(SHAPES[1], "patches")
+    conv, variables, x = setup(SHAPES[1], "cpu")
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf, -leaf]), variables)
     together = jax.vmap(conv.apply, in_axes=(0, None))(stacked, x)
     for index in range(3):
@@ -188,7 +188,7 @@ def test_vmap_over_kernels():
         assert_close(together[index], conv.apply(one, x))
 
 
-@pytest.mark.parametrize("conv_impl", ["patches", "lax"])
+@pytest.mark.parametrize("conv_impl", ["cpu", "lax"])
 @pytest.mark.parametrize(
     ("shape", "kwargs", "message"),
     [

@@ -76,7 +76,7 @@ def create(
         make quick tests.
       dtype: of the computation, float32 or bfloat16, as a dtype or its name; parameters, batch
         statistics and logits stay float32.
-      conv_impl: "auto", "patches" or "lax"; parameters are the same under each.
+      conv_impl: "auto", "cpu" or "lax"; parameters are the same under each.
       **options: further attributes of the model, such as `hidden` and `activation` of mlp,
         `batch_norm` of vgg11 or `shortcut` of the ResNets; `model_options(name)` lists them.
 

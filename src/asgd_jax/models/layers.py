@@ -1,24 +1,27 @@
-"""Convolution and pooling that are quick on every backend, also inside loops.
-
-Two facts about XLA on CPU shape this file. A convolution inside a loop (`lax.scan`, `while`,
-`lax.map`) runs about ten times slower than outside, and more when wide; written as shifted slices
-and one matrix product it is as quick inside as outside. And the gradient of `reduce_window` (Flax's
-`max_pool`) is about twenty times slower than that of `maximum` over strided slices.
+"""Convolution, pooling and normalisation as the models here use them.
 
 Images are NHWC (batch, height, width, channels), or CHWN, the same with both ends exchanged. CHWN
 suits the patches of few channels: what lies side by side in memory is then the batch.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from asgd_jax.models.convolution import (
+    Window,
+    convolve_by_lax,
+    convolve_on_cpu,
+    every,
+    shifted_images,
+)
 
 Padding = str | Sequence[tuple[int, int]]
 Initializer = Callable[..., jax.Array]
@@ -28,14 +31,14 @@ BATCH_NORM_DECAY = 0.9
 
 _BATCH_AXIS: ContextVar[str | None] = ContextVar("batch_axis", default=None)
 
-CONV_IMPLEMENTATIONS = ("auto", "patches", "lax")
+CONV_IMPLEMENTATIONS = ("auto", "cpu", "lax")
 
 
 def resolve_conv_impl(conv_impl: str) -> str:
-    """Returns "patches" or "lax": what "auto" means on JAX's default backend.
+    """Returns "cpu" or "lax": what "auto" means on JAX's default backend.
 
     Raises:
-      ValueError: for a name that is not "auto", "patches" or "lax".
+      ValueError: for a name that is not "auto", "cpu" or "lax".
 
     >>> resolve_conv_impl("lax")
     'lax'
@@ -43,7 +46,7 @@ def resolve_conv_impl(conv_impl: str) -> str:
     if conv_impl not in CONV_IMPLEMENTATIONS:
         raise ValueError(f"conv_impl must be one of {CONV_IMPLEMENTATIONS}, got {conv_impl!r}")
     if conv_impl == "auto":
-        return "patches" if jax.default_backend() == "cpu" else "lax"
+        return "cpu" if jax.default_backend() == "cpu" else "lax"
     return conv_impl
 
 
@@ -70,8 +73,8 @@ class Conv(nn.Module):
       use_bias: adds a bias per output channel.
       dtype: of the computation and the output.
       kernel_init: LeCun's (variance 1 / fan in) by default, as in `flax.linen.Conv`.
-      conv_impl: "patches" (slices and a matrix product), "lax" (`lax.conv_general_dilated`), or
-        "auto": patches where the default backend is a CPU, lax elsewhere.
+      conv_impl: "cpu" (see `convolution`), "lax" (`lax.conv_general_dilated`), or "auto": cpu where
+        the default backend is a CPU, lax elsewhere.
       batch_last: input and output are CHWN instead of NHWC; the parameters are the same.
 
     >>> conv = Conv(20, (5, 5), padding="VALID")
@@ -107,11 +110,16 @@ class Conv(nn.Module):
         pads = _explicit_padding(x.shape[1:3], self.kernel_size, self.strides, self.padding)
         shape = (*self.kernel_size, x.shape[0 if self.batch_last else 3], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32).astype(self.dtype)
-        by_patches = conv_by_patches_batch_last if self.batch_last else conv_by_patches
-        by_lax = partial(conv_by_lax, axes="CHWN" if self.batch_last else "NHWC")
-        patches = resolve_conv_impl(self.conv_impl) == "patches"
-        convolve: Callable[..., jax.Array] = by_patches if patches else by_lax
-        y = convolve(x.astype(self.dtype), kernel, self.strides, pads)
+        window = Window(self.strides, (pads[0], pads[1]))
+        on_cpu = resolve_conv_impl(self.conv_impl) == "cpu"
+        x = x.astype(self.dtype)
+        if self.batch_last and on_cpu:
+            y = conv_by_patches_batch_last(x, kernel, self.strides, pads)
+        else:
+            convolve = convolve_on_cpu if on_cpu else convolve_by_lax
+            x = jnp.swapaxes(x, 0, 3) if self.batch_last else x
+            y = convolve(x, kernel, window)
+            y = jnp.swapaxes(y, 0, 3) if self.batch_last else y
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
             bias = bias.astype(self.dtype)
@@ -144,39 +152,10 @@ def _explicit_padding(
     return pads
 
 
-def conv_by_lax(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: tuple[int, int],
-    pads: Sequence[tuple[int, int]],
-    axes: str = "NHWC",
-) -> jax.Array:
-    """Convolves NHWC (or CHWN) images with an HWIO kernel by XLA's own convolution."""
-    return lax.conv_general_dilated(
-        x, kernel, strides, pads, dimension_numbers=(axes, "HWIO", axes)
-    )
-
-
-def conv_by_patches(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Sequence[tuple[int, int]]
-) -> jax.Array:
-    r"""Convolves NHWC images with an HWIO kernel by slices and one matrix product.
-
-    $y = [x_{00} | x_{01} | \dots] K$, where $x_{ij}$ is the padded image shifted by (i, j) and
-    subsampled by the strides, and $K$ the kernel as a (height * width * channels, features) matrix.
-    It takes height * width times the memory of the image; a 1x1 kernel is a plain product.
-    """
-    height, width, channels, features = kernel.shape
-    shifted = _shifted(x, (height, width), strides, pads)
-    # One product of long rows: a sum of one small product per offset was slower in every case.
-    patches = jnp.concatenate(shifted, axis=-1) if len(shifted) > 1 else shifted[0]
-    return patches @ kernel.reshape(height * width * channels, features)
-
-
 def conv_by_patches_batch_last(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Sequence[tuple[int, int]]
 ) -> jax.Array:
-    r"""`conv_by_patches` of CHWN images: $y = K^T [x_{00}; x_{01}; \dots]$, CHWN too.
+    r"""Convolves CHWN images by patches: $y = K^T [x_{00}; x_{01}; \dots]$, CHWN too.
 
     Every shift copies whole stretches of memory, and the product runs along positions and batch
     together. Quicker than NHWC for 5x5 kernels of 1 and 20 channels; slower once BatchNorm has to
@@ -184,7 +163,7 @@ def conv_by_patches_batch_last(
     """
     height, width, channels, features = kernel.shape
     x = _computed_once(x, kernel)
-    shifted = _shifted(x, (height, width), strides, pads)
+    shifted = shifted_images(x, (height, width), strides, pads)
     patches = jnp.concatenate(shifted) if len(shifted) > 1 else shifted[0]
     # Matrices, not a product of a matrix and a four-axis array: XLA lays that out badly.
     matrix = kernel.reshape(height * width * channels, features)
@@ -202,34 +181,12 @@ def _computed_once(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.cond(finite, lambda x: x, lambda x: jnp.full_like(x, jnp.nan), x)
 
 
-def _shifted(
-    x: jax.Array,
-    kernel_size: tuple[int, int],
-    strides: tuple[int, int],
-    pads: Sequence[tuple[int, int]],
-) -> list[jax.Array]:
-    """The padded images as every entry of the kernel sees them; height and width are axes 1, 2."""
-    height, width = kernel_size
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    rows = (x.shape[1] - height) // strides[0] + 1
-    columns = (x.shape[2] - width) // strides[1] + 1
-    return [
-        _every(_every(x, i, rows, strides[0], axis=1), j, columns, strides[1], axis=2)
-        for i in range(height)
-        for j in range(width)
-    ]
-
-
-def _every(x: jax.Array, start: int, count: int, stride: int, axis: int) -> jax.Array:
-    """`count` entries of an axis: start, start + stride, ..."""
-    return lax.slice_in_dim(x, start, start + (count - 1) * stride + 1, stride, axis)
-
-
 def max_pool(x: jax.Array, window: int = 2, stride: int = 2, padding: int = 0) -> jax.Array:
     """Largest value of each square window: rows first, then columns, by strided slices.
 
     Rows and columns that fill no window are left out, as "VALID" does. Where several entries of a
-    window are largest, the gradient is shared among them (`reduce_window` gives it to the first).
+    window are largest, the gradient is shared among them (`reduce_window`, which is about twenty
+    times slower on a CPU, gives it to the first).
 
     Args:
       x: images of shape (batch, height, width, channels), or CHWN, floating point.
@@ -258,10 +215,7 @@ def max_pool(x: jax.Array, window: int = 2, stride: int = 2, padding: int = 0) -
         x = jnp.pad(x, pads, constant_values=-jnp.inf)
     for axis in (1, 2):
         count = (x.shape[axis] - window) // stride + 1
-        largest = _every(x, 0, count, stride, axis)
-        for offset in range(1, window):
-            largest = jnp.maximum(largest, _every(x, offset, count, stride, axis))
-        x = largest
+        x = functools.reduce(jnp.maximum, [every(x, i, count, stride, axis) for i in range(window)])
     return x
 
 

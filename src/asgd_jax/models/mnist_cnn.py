@@ -31,7 +31,7 @@ class LeNet(Classifier):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps NHWC images to float32 logits (batch, num_classes); `train` changes nothing."""
         # CHWN suits the patches, see `layers`.
-        batch_last = resolve_conv_impl(self.conv_impl) == "patches"
+        batch_last = resolve_conv_impl(self.conv_impl) == "cpu"
         x = jnp.swapaxes(x, 0, 3) if batch_last else x
         for channels in self.channels:
             x = Conv(
