@@ -1,10 +1,10 @@
-# make demo | test | lint | figures | bench. Each sets up .venv first; PYTHON picks the interpreter.
+# make demo | test | test-fast | lint | figures | bench. Each sets up .venv first; PYTHON picks the interpreter.
 PYTHON ?= python3
 PY := .venv/bin/python
 # The data sets of a checkout's neighbour, unless the user names a folder.
 export TFDS_DATA_DIR ?= $(firstword $(wildcard ../shared/tfds) $(HOME)/tensorflow_datasets)
 
-.PHONY: demo test lint figures bench format clean
+.PHONY: demo test test-fast lint figures bench format clean
 .venv/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --requirement requirements.txt
@@ -15,7 +15,11 @@ demo: .venv/.installed
 	$(PY) -m experiments.demo --out=demo
 
 test: .venv/.installed
-	$(PY) -m pytest -n 2 --dist=worksteal
+	$(PY) -m pytest -n 2 --dist=worksteal --durations=15
+
+# For work in progress: no process, no real data, nothing that takes more than ten seconds.
+test-fast: .venv/.installed
+	$(PY) -m pytest -n 2 --dist=worksteal -m "not process and not realdata and not slow"
 
 lint: .venv/.installed
 	$(PY) -m ruff check .

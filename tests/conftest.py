@@ -25,6 +25,15 @@ hypothesis.settings.load_profile("suite")
 STRICT_FOLDERS = ("transforms", "delays", "stability")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what `make test-fast` leaves out, beside what is marked slow by hand."""
+    for item in items:
+        if "tfds_data_dir" in getattr(item, "fixturenames", ()):
+            item.add_marker("realdata")
+        if "subprocess" in vars(getattr(item, "module", None) or object):
+            item.add_marker("process")
+
+
 @pytest.fixture(autouse=True)
 def _strict_jax(request: pytest.FixtureRequest):
     """The core promises never to promote a dtype or a rank behind the caller's back."""
