@@ -17,9 +17,10 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(PY) -m pytest -n 2 --dist=worksteal --durations=15
 
-# For work in progress: no process, no real data, nothing that takes more than ten seconds.
+# For work on the core: delay, staleness, stability, models. No process, no real data.
 test-fast: .venv/.installed
-	$(PY) -m pytest -n 2 --dist=worksteal -m "not process and not realdata and not slow"
+	$(PY) -m pytest -n 2 --dist=worksteal -m "not process and not realdata and not slow" \
+		tests/transforms tests/delays tests/stability tests/models
 
 lint: .venv/.installed
 	$(PY) -m ruff check .

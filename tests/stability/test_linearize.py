@@ -13,6 +13,8 @@ import asgd_jax
 import asgd_jax.stability as stability
 from asgd_jax import delays
 
+pytestmark = pytest.mark.slow
+
 max_rate = stability.optimizer_max_learning_rate
 radius = stability.optimizer_spectral_radius
 

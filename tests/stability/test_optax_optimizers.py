@@ -17,6 +17,8 @@ import pytest
 
 import asgd_jax.stability as stability
 
+pytestmark = pytest.mark.slow
+
 max_rate = stability.optimizer_max_learning_rate
 ZERO = jnp.zeros(())
 
