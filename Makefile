@@ -1,4 +1,5 @@
-# make demo | test | test-fast | lint | figures | bench. Each sets up .venv first; PYTHON picks the interpreter.
+# make demo | test | test-fast | lint | figures | bench. Each sets up .venv first; PYTHON picks the
+# interpreter.
 PYTHON ?= python3
 PY := .venv/bin/python
 # The data sets of a checkout's neighbour, unless the user names a folder.

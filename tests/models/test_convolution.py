@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close
 from jax.sharding import PartitionSpec
 
 from asgd_jax.models.convolution import Window, convolve_by_lax, convolve_on_cpu
@@ -31,12 +32,6 @@ def both_losses(case):
         return lambda x, k: jnp.sum(jnp.sin(convolve(x, k, window)))
 
     return draws, loss_of(convolve_on_cpu), loss_of(convolve_by_lax)
-
-
-def assert_close(actual, desired, ulps=256):
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
-        scale = float(np.abs(np.asarray(b)).max())
-        np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=ulps * 2**-24)
 
 
 def gradients(loss):

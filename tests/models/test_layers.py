@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close
 
 import asgd_jax.models.layers as layers
 
@@ -47,15 +48,6 @@ def setup(case, conv_impl, **kwargs):
         jax.eval_shape(conv.init, jax.random.key(0), x),
     )
     return conv, variables, x
-
-
-def assert_close(actual, desired, ulps=64):
-    """Equal to float32 rounding, relative to the largest entry of each array."""
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
-        scale = max(float(np.abs(np.asarray(b)).max()), 1e-30)
-        np.testing.assert_allclose(
-            np.asarray(a) / scale, np.asarray(b) / scale, rtol=0, atol=ulps * 2**-24
-        )
 
 
 @pytest.mark.parametrize("case", SHAPES)

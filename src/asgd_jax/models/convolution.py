@@ -63,16 +63,25 @@ def convolve_on_cpu(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Arra
     The output and the gradient by the image are bitwise those of `convolve_by_lax` where the
     primitive makes them; the gradient by the kernel is summed in another order.
     """
-    height, width = (_output_size(x.shape[1 + i], kernel.shape[i], window, i) for i in (0, 1))
+    height, width = _output_sides(x.shape, kernel.shape, window)
     if height * width <= _FEW_POSITIONS or kernel.shape[:2] == (1, 1):
         return _convolve_by_patches(x, kernel, window)
     return _bind(x, kernel, window)
 
 
-def _output_size(size: int, kernel_size: int, window: Window, axis: int) -> int:
-    padded = (size - 1) * window.image_dilation[axis] + 1 + sum(window.pads[axis])
-    covered = (kernel_size - 1) * window.kernel_dilation[axis] + 1
-    return (padded - covered) // window.strides[axis] + 1
+def convolve_batch_last_on_cpu(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    r"""Convolves CHWN images by patches: $y = K^T [x_{00}; x_{01}; \dots]$, CHWN too.
+
+    Every shift copies whole stretches of memory, and the product runs along positions and batch
+    together. Quicker than NHWC for 5x5 kernels of 1 and 20 channels; slower once BatchNorm has to
+    sum over the two.
+    """
+    shifted = _shifted_images(_computed_once(x, kernel), kernel.shape, window)
+    patches = jnp.concatenate(shifted) if len(shifted) > 1 else shifted[0]
+    # Matrices, not a product of a matrix and a four-axis array: XLA lays that out badly.
+    matrix = kernel.reshape(-1, kernel.shape[3])
+    y = lax.dot_general(matrix, patches.reshape(len(matrix), -1), (((0,), (0,)), ((), ())))
+    return y.reshape(kernel.shape[3], *patches.shape[1:])
 
 
 def _convolve_by_patches(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
@@ -80,25 +89,30 @@ def _convolve_by_patches(x: jax.Array, kernel: jax.Array, window: Window) -> jax
 
     It takes height * width times the memory of the image; a 1x1 kernel is a plain product.
     """
-    height, width, channels, features = kernel.shape
-    shifted = shifted_images(x, (height, width), window.strides, window.pads)
+    shifted = _shifted_images(x, kernel.shape, window)
     # One product of long rows: a sum of one small product per offset was slower in every case.
     patches = jnp.concatenate(shifted, axis=-1) if len(shifted) > 1 else shifted[0]
-    return patches @ kernel.reshape(height * width * channels, features)
+    return patches @ kernel.reshape(-1, kernel.shape[3])
 
 
-def shifted_images(
-    x: jax.Array, kernel_size: Pair, strides: Pair, pads: Sequence[Pair]
-) -> list[jax.Array]:
+def _computed_once(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x`; NaN where the kernel's first entry is NaN or +inf, which makes the convolution so too.
+
+    XLA on CPU would compute what `x` comes from (bias, pooling, ReLU) again for every shift, and
+    it drops `lax.optimization_barrier`. What enters a conditional has to exist in memory.
+    """
+    finite = kernel[0, 0, 0, 0] < jnp.inf
+    return lax.cond(finite, lambda x: x, lambda x: jnp.full_like(x, jnp.nan), x)
+
+
+def _shifted_images(x: jax.Array, kernel_shape: tuple[int, ...], window: Window) -> list[jax.Array]:
     """The padded images as every entry of a kernel sees them; height and width are axes 1, 2."""
-    height, width = kernel_size
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    rows = (x.shape[1] - height) // strides[0] + 1
-    columns = (x.shape[2] - width) // strides[1] + 1
+    rows, columns = _output_sides(x.shape, kernel_shape, window)
+    x = jnp.pad(x, ((0, 0), *window.pads, (0, 0)))
     return [
-        every(every(x, i, rows, strides[0], axis=1), j, columns, strides[1], axis=2)
-        for i in range(height)
-        for j in range(width)
+        every(every(x, i, rows, window.strides[0], axis=1), j, columns, window.strides[1], axis=2)
+        for i in range(kernel_shape[0])
+        for j in range(kernel_shape[1])
     ]
 
 
@@ -107,17 +121,42 @@ def every(x: jax.Array, start: int, count: int, stride: int, axis: int) -> jax.A
     return lax.slice_in_dim(x, start, start + (count - 1) * stride + 1, stride, axis)
 
 
+def _output_sides(
+    image_shape: tuple[int, ...], kernel_shape: tuple[int, ...], window: Window
+) -> Pair:
+    """Height and width of the output; those of images are axes 1 and 2, of kernels 0 and 1."""
+
+    def side(i: int) -> int:
+        padded = window.image_dilation[i] * (image_shape[1 + i] - 1) + 1 + sum(window.pads[i])
+        covered = window.kernel_dilation[i] * (kernel_shape[i] - 1) + 1
+        return (padded - covered) // window.strides[i] + 1
+
+    return side(0), side(1)
+
+
+def _with_output(
+    window: Window,
+    image_sides: tuple[int, ...],
+    kernel_sides: tuple[int, ...],
+    output_sides: tuple[int, ...],
+) -> Window:
+    """The window with as much padding below and to the right as makes the output so large."""
+
+    def pad(i: int) -> Pair:
+        covered = window.kernel_dilation[i] * (kernel_sides[i] - 1)
+        needed = window.strides[i] * (output_sides[i] - 1) + covered
+        low = window.pads[i][0]
+        return low, needed - window.image_dilation[i] * (image_sides[i] - 1) - low
+
+    return window._replace(pads=(pad(0), pad(1)))
+
+
 _convolution_p = Primitive("canonical_convolution")
 
 
 def _bind(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    # Within shard_map both must be known to vary over the same devices.
-    x_axes, kernel_axes = _varying_axes(x), _varying_axes(kernel)
-    if missing := tuple(kernel_axes - x_axes):
-        x = lax.pcast(x, missing, to="varying")
-    if missing := tuple(x_axes - kernel_axes):
-        kernel = lax.pcast(kernel, missing, to="varying")
-    return _convolution_p.bind(x, kernel, window=window)
+    axes = _varying_axes(x) | _varying_axes(kernel)
+    return _convolution_p.bind(_varying_over(axes, x), _varying_over(axes, kernel), window=window)
 
 
 def _varying_axes(x: jax.Array) -> frozenset[str]:
@@ -127,76 +166,62 @@ def _varying_axes(x: jax.Array) -> frozenset[str]:
     return varying
 
 
+def _varying_over(axes: frozenset[str], x: jax.Array) -> jax.Array:
+    """`x`, which `jax.shard_map` then takes to differ over these axes as well."""
+    missing = tuple(axes - _varying_axes(x))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
 def _shape_of(x: Any, kernel: Any, *, window: Window) -> Any:
-    sides = tuple(_output_size(x.shape[1 + i], kernel.shape[i], window, i) for i in (0, 1))
+    sides = _output_sides(x.shape, kernel.shape, window)
     return x.update(shape=(x.shape[0], *sides, kernel.shape[3]))
 
 
 def _input_gradient(cotangent: jax.Array, x: Any, kernel: jax.Array, *, window: Window) -> Any:
     """Convolution of the cotangent, spread by the strides, with the kernel turned around."""
-    shape = x.aval.shape
-    pads = []
-    for i in (0, 1):
-        low = window.pads[i][0]
-        reach = window.kernel_dilation[i] * (kernel.shape[i] - 1)
-        spread = window.strides[i] * (cotangent.shape[1 + i] - 1)
-        pads.append((reach - low, window.image_dilation[i] * (shape[1 + i] - 1) - spread + low))
-    turned = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
-    return _bind(
-        cotangent,
-        turned,
-        Window(
-            strides=window.image_dilation,
-            pads=(pads[0], pads[1]),
-            image_dilation=window.strides,
-            kernel_dilation=window.kernel_dilation,
-        ),
+    low_of = [window.kernel_dilation[i] * (kernel.shape[i] - 1) - window.pads[i][0] for i in (0, 1)]
+    turned = Window(
+        strides=window.image_dilation,
+        pads=((low_of[0], 0), (low_of[1], 0)),
+        image_dilation=window.strides,
+        kernel_dilation=window.kernel_dilation,
     )
+    turned = _with_output(turned, cotangent.shape[1:3], kernel.shape[:2], x.aval.shape[1:3])
+    return _bind(cotangent, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), turned)
 
 
 def _weight_gradient(cotangent: jax.Array, x: jax.Array, kernel: Any, *, window: Window) -> Any:
     """Sum over blocks of images, see the module's docstring."""
-    one = partial(_block_weight_gradient, kernel_size=kernel.aval.shape[:2], window=window)
+    one = partial(_block_weight_gradient, kernel_sides=kernel.aval.shape[:2], window=window)
     images = _images_at_once(x, cotangent)
     if images >= len(x):
         return one(cotangent, x)
-    blocks = [a.reshape(-1, images, *a.shape[1:]) for a in (cotangent, x)]
 
     def add(total: jax.Array, block: list[jax.Array]) -> tuple[jax.Array, None]:
         return total + one(*block), None
 
-    first = one(*(a[0] for a in blocks))
-    return lax.scan(add, first, [a[1:] for a in blocks])[0]
+    zeros = jnp.zeros(kernel.aval.shape, kernel.aval.dtype)
+    zeros = _varying_over(_varying_axes(x) | _varying_axes(cotangent), zeros)
+    blocks = [a.reshape(-1, images, *a.shape[1:]) for a in (cotangent, x)]
+    return lax.scan(add, zeros, blocks)[0]
 
 
 def _images_at_once(x: jax.Array, cotangent: jax.Array) -> int:
     """Images in a block: as many as the cache holds, at least 8; all where they don't divide."""
     each = math.prod(x.shape[1:]) + math.prod(cotangent.shape[1:])
-    bytes_each = max(each * x.dtype.itemsize, 1)
-    images = max(_BLOCK_IMAGES, 2 ** math.floor(math.log2(max(_BLOCK_BYTES / bytes_each, 1))))
-    return images if len(x) % images == 0 else max(len(x), 1)
+    fitting = _BLOCK_BYTES // max(each * x.dtype.itemsize, 1)
+    power_of_two = 1 << max(fitting.bit_length() - 1, 0)
+    images = max(_BLOCK_IMAGES, power_of_two)
+    return images if len(x) % images == 0 else len(x)
 
 
 def _block_weight_gradient(
-    cotangent: jax.Array, x: jax.Array, kernel_size: Pair, window: Window
+    cotangent: jax.Array, x: jax.Array, kernel_sides: tuple[int, ...], window: Window
 ) -> jax.Array:
     """Images and channels exchanged, the cotangent as the kernel: all positions in one window."""
-    pads = []
-    for i in (0, 1):
-        low = window.pads[i][0]
-        reach = window.kernel_dilation[i] * (kernel_size[i] - 1)
-        spread = window.strides[i] * (cotangent.shape[1 + i] - 1)
-        pads.append((low, reach + spread - window.image_dilation[i] * (x.shape[1 + i] - 1) - low))
-    y = _bind(
-        jnp.swapaxes(x, 0, 3),
-        jnp.transpose(cotangent, (1, 2, 0, 3)),
-        Window(
-            strides=window.kernel_dilation,
-            pads=(pads[0], pads[1]),
-            image_dilation=window.image_dilation,
-            kernel_dilation=window.strides,
-        ),
-    )
+    exchanged = window._replace(strides=window.kernel_dilation, kernel_dilation=window.strides)
+    exchanged = _with_output(exchanged, x.shape[1:3], cotangent.shape[1:3], kernel_sides)
+    y = _bind(jnp.swapaxes(x, 0, 3), jnp.transpose(cotangent, (1, 2, 0, 3)), exchanged)
     return jnp.transpose(y, (1, 2, 0, 3))
 
 

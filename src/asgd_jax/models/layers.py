@@ -17,10 +17,10 @@ from jax import lax
 
 from asgd_jax.models.convolution import (
     Window,
+    convolve_batch_last_on_cpu,
     convolve_by_lax,
     convolve_on_cpu,
     every,
-    shifted_images,
 )
 
 Padding = str | Sequence[tuple[int, int]]
@@ -110,11 +110,11 @@ class Conv(nn.Module):
         pads = _explicit_padding(x.shape[1:3], self.kernel_size, self.strides, self.padding)
         shape = (*self.kernel_size, x.shape[0 if self.batch_last else 3], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32).astype(self.dtype)
-        window = Window(self.strides, (pads[0], pads[1]))
+        window = Window(self.strides, pads)
         on_cpu = resolve_conv_impl(self.conv_impl) == "cpu"
         x = x.astype(self.dtype)
         if self.batch_last and on_cpu:
-            y = conv_by_patches_batch_last(x, kernel, self.strides, pads)
+            y = convolve_batch_last_on_cpu(x, kernel, window)
         else:
             convolve = convolve_on_cpu if on_cpu else convolve_by_lax
             x = jnp.swapaxes(x, 0, 3) if self.batch_last else x
@@ -136,13 +136,13 @@ def _explicit_padding(
     kernel_size: tuple[int, int],
     strides: tuple[int, int],
     padding: Padding,
-) -> list[tuple[int, int]]:
+) -> tuple[tuple[int, int], tuple[int, int]]:
     if isinstance(padding, str):
         if padding not in ("SAME", "VALID"):
             raise ValueError(f'padding must be "SAME", "VALID" or two pairs, got {padding!r}')
-        pads = list(lax.padtype_to_pads(size, kernel_size, strides, padding))
-    else:
-        pads = [(low, high) for low, high in padding]
+        padding = lax.padtype_to_pads(size, kernel_size, strides, padding)
+    (top, bottom), (left, right) = padding
+    pads = ((top, bottom), (left, right))
     padded = tuple(n + low + high for n, (low, high) in zip(size, pads, strict=True))
     if any(n < k for n, k in zip(padded, kernel_size, strict=True)):
         raise ValueError(
@@ -150,35 +150,6 @@ def _explicit_padding(
             f"{padded[0]}x{padded[1]} with its padding: use larger images"
         )
     return pads
-
-
-def conv_by_patches_batch_last(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Sequence[tuple[int, int]]
-) -> jax.Array:
-    r"""Convolves CHWN images by patches: $y = K^T [x_{00}; x_{01}; \dots]$, CHWN too.
-
-    Every shift copies whole stretches of memory, and the product runs along positions and batch
-    together. Quicker than NHWC for 5x5 kernels of 1 and 20 channels; slower once BatchNorm has to
-    sum over the two.
-    """
-    height, width, channels, features = kernel.shape
-    x = _computed_once(x, kernel)
-    shifted = shifted_images(x, (height, width), strides, pads)
-    patches = jnp.concatenate(shifted) if len(shifted) > 1 else shifted[0]
-    # Matrices, not a product of a matrix and a four-axis array: XLA lays that out badly.
-    matrix = kernel.reshape(height * width * channels, features)
-    y = lax.dot_general(matrix, patches.reshape(len(matrix), -1), (((0,), (0,)), ((), ())))
-    return y.reshape(features, *patches.shape[1:])
-
-
-def _computed_once(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x`; NaN where the kernel's first entry is NaN or +inf, which makes the convolution so too.
-
-    XLA on CPU would compute what `x` comes from (bias, pooling, ReLU) again for every shift, and
-    it drops `lax.optimization_barrier`. What enters a conditional has to exist in memory.
-    """
-    finite = kernel[0, 0, 0, 0] < jnp.inf
-    return lax.cond(finite, lambda x: x, lambda x: jnp.full_like(x, jnp.nan), x)
 
 
 def max_pool(x: jax.Array, window: int = 2, stride: int = 2, padding: int = 0) -> jax.Array:
