@@ -22,11 +22,17 @@ def main() -> int:
     parser.add_argument("--out", default="results", help="default: results")
     options = parser.parse_args()
 
-    from asgd_jax.training.command import named_folder, run_command, use_compilation_cache
+    from asgd_jax.training.command import (
+        named_folder,
+        run_command,
+        use_compilation_cache,
+        use_threaded_convolutions,
+    )
     from experiments import reproduce as figures
     from experiments.results_page import write_page
 
     use_compilation_cache()
+    use_threaded_convolutions()
 
     def make() -> None:
         out = named_folder(options.out, "out")

@@ -139,8 +139,9 @@ def quiet() -> None:
 
 
 if __name__ == "__main__":
-    from asgd_jax.training.command import use_compilation_cache
+    from asgd_jax.training.command import use_compilation_cache, use_threaded_convolutions
 
     quiet()
     use_compilation_cache()
+    use_threaded_convolutions()
     sys.exit(main(sys.argv[1:]))

@@ -12,7 +12,13 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from asgd_jax.training.command import progress_bar, use_compilation_cache
+from asgd_jax.training import command
+from asgd_jax.training.command import (
+    THREADED_CONVOLUTIONS,
+    progress_bar,
+    use_compilation_cache,
+    use_threaded_convolutions,
+)
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -22,12 +28,25 @@ print(use_compilation_cache())
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 print(float(jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x))(jnp.arange(8.0))))
 """
+CONVOLUTION = """
+import os, sys
+import jax, jax.numpy as jnp
+from asgd_jax.models.convolution import Window, convolve_by_lax
+from asgd_jax.training import command
+if sys.argv[1:]:
+    print(command.use_threaded_convolutions(), os.environ["XLA_FLAGS"])
+window = Window((1, 1), ((1, 1), (1, 1)))
+shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 28, 28, 32), (3, 3, 32, 64))]
+program = jax.jit(convolve_by_lax, static_argnums=2).lower(*shapes, window).compile()
+names = [line for line in program.as_text().splitlines() if "ROOT" in line and "28,28,64" in line]
+print(" ".join(names))
+"""
 
 
-def run(**environment):
+def run(program=PROGRAM, *arguments, **environment):
     kept = {name: value for name, value in os.environ.items() if "CACHE" not in name}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", program, *arguments],
         env=kept | environment,
         capture_output=True,
         text=True,
@@ -52,6 +71,29 @@ def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
 
 def test_the_environment_names_another_folder(tmp_path):
     assert run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))[0] == str(tmp_path / "mine")
+
+
+def test_the_flag_for_convolutions_is_accepted_and_gives_them_to_eigen():
+    """A flag that XLA does not know ends the process; YNNPACK wraps the convolution in a fusion."""
+    chosen, compiled = run(CONVOLUTION, "choose", JAX_PLATFORMS="cpu", XLA_FLAGS="")
+    assert chosen == f"True {THREADED_CONVOLUTIONS}"
+    assert " convolution(" in compiled
+    (untouched,) = run(CONVOLUTION, JAX_PLATFORMS="cpu", XLA_FLAGS="")
+    assert "ynn_fusion" in untouched
+
+
+def test_flags_stay_where_the_user_has_chosen_or_another_compiler_reads_them(monkeypatch):
+    mine = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
+    monkeypatch.setenv("XLA_FLAGS", mine)
+    assert not use_threaded_convolutions()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: name == "libtpu" or None)
+    assert not use_threaded_convolutions()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(command.jaxlib.version, "__version_info__", (0, 99, 0))
+    assert not use_threaded_convolutions()
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x"
 
 
 @pytest.fixture

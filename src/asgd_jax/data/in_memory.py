@@ -1,13 +1,15 @@
 """Data sets small enough to live on the device whole: digits, MNIST, CIFAR-10 and CIFAR-100."""
 
+import importlib.util
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from asgd_jax.data.facts import in_memory_facts
 from asgd_jax.data.normalize import Normalizer, channel_statistics, normalize_with
-from asgd_jax.data.prepared import prepared_builder, reading
+from asgd_jax.data.prepared import DatasetNotFoundError, prepared_builder, reading
 from asgd_jax.delays.processes import as_integer
 
 NORMALIZATIONS = ("own", "half")
@@ -80,12 +82,16 @@ def _subset(arrays: Arrays, size: int | None, what: str) -> Arrays:
 
 
 def _load_digits() -> tuple[Arrays, Arrays]:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
+    # A line an image: 64 intensities, and the digit. Only the file is scikit-learn's: importing
+    # that takes over a second, more than all else that a small run does before its first update.
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise DatasetNotFoundError("digits comes with scikit-learn: pip install scikit-learn")
+    file = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    table = np.loadtxt(file, delimiter=",", dtype=np.int32)
     # Intensities are 0, ..., 16: seventeen distinct bytes, so nothing is lost by the rounding.
-    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
-    labels = bunch.target.astype(np.int32)
+    images = np.rint(table[:, :-1].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    labels = np.ascontiguousarray(table[:, -1])
     order = stratified_order(labels)
     train, validation = np.sort(order[:-_DIGITS_VALIDATION]), np.sort(order[-_DIGITS_VALIDATION:])
     return (images[train], labels[train]), (images[validation], labels[validation])

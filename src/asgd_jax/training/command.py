@@ -1,5 +1,6 @@
 """What a command does around its runs: signals, exit codes, progress bar, compiled programs."""
 
+import importlib.util
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import jaxlib.version
 import numpy as np
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again
@@ -172,4 +174,40 @@ def use_compilation_cache() -> str | None:
         if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
             return None
         jax.config.update("jax_compilation_cache_dir", folder)
+    # JAX keeps only what took a second or more: of a small run nothing, and it has ten programs.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return folder
+
+
+# What else YNNPACK does, sums along axes, it does well.
+THREADED_CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"
+
+
+def use_threaded_convolutions() -> bool:
+    """Has XLA share every convolution on a CPU among all threads, for scripts; returns if it does.
+
+    XLA hands 3x3 convolutions of many shapes to YNNPACK, which runs each on one thread; its other
+    library, Eigen, uses all: on two cores a step of a CNN takes .65 (mnist_cnn_bn) to .9 of the
+    time (see results/bench). To be called before JAX has met its devices, as that is when XLA reads
+    XLA_FLAGS. Nothing is changed where these name the choice already, and where the flag could be
+    unknown, which would end the process: beside an accelerator's plugin, or another jaxlib.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    name = THREADED_CONVOLUTIONS.partition("=")[0]
+    known = jaxlib.version.__version_info__[:2] == _JAXLIB_WITH_FLAG
+    if name in flags or not known or _has_accelerator_plugin():
+        return False
+    os.environ["XLA_FLAGS"] = f"{flags} {THREADED_CONVOLUTIONS}".strip()
+    return True
+
+
+_JAXLIB_WITH_FLAG = (0, 10)
+
+
+def _has_accelerator_plugin() -> bool:
+    """Whether JAX may find a TPU or GPU here; JAX_PLATFORMS=cpu rules it out."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return False
+    plugins = ("libtpu", "jax_plugins", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+    return any(importlib.util.find_spec(plugin) is not None for plugin in plugins)
