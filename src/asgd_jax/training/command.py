@@ -209,5 +209,5 @@ def _has_accelerator_plugin() -> bool:
     """Whether JAX may find a TPU or GPU here; JAX_PLATFORMS=cpu rules it out."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return False
-    plugins = ("libtpu", "jax_plugins", "jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+    plugins = ("libtpu", "jax_plugins")  # every plugin but libtpu lives in that namespace
     return any(importlib.util.find_spec(plugin) is not None for plugin in plugins)
