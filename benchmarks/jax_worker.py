@@ -5,19 +5,23 @@ It makes epochs of delayed SGD with the program that training runs.
 
 import json
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from asgd_jax import data, delayed, models
 from asgd_jax.data.normalize import normalize_with
 from asgd_jax.training.chunk import make_run_chunk
+from asgd_jax.training.command import use_threaded_convolutions
 from asgd_jax.training.state import init_state
 from asgd_jax.training.step import make_train_step
-from benchmarks.workers import serve_epochs
+from benchmarks.workers import serve, serve_epochs, use_cores
 
 
 def make_epochs(task: dict[str, Any]) -> Callable[[int], float]:
@@ -59,5 +63,46 @@ def make_epochs(task: dict[str, Any]) -> Callable[[int], float]:
     return run
 
 
+def count_flops(task: dict[str, Any], image_shape: tuple[int, ...]) -> float:
+    """Returns the floating-point operations of one gradient, as XLA counts them before it compiles.
+
+    Counted on `lax.conv`: patches and padding are a way of computing, not the work to be done.
+    """
+    options = {"num_classes": 10, "conv_impl": "lax", **task["model_options"]}
+    options.pop("conv_impl") if task["model"] == "mlp" else None
+    model = models.create(task["model"], **options)
+    images = jax.ShapeDtypeStruct((task["batch_size"], *image_shape), "float32")
+    labels = jax.ShapeDtypeStruct((task["batch_size"],), "int32")
+    variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
+
+    def loss(params: Any, stats: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits, _ = model.apply({"params": params, **stats}, x, train=True, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    stats = {name: value for name, value in variables.items() if name != "params"}
+    lowered = jax.jit(jax.grad(loss)).lower(variables["params"], stats, images, labels)
+    analysis: Any = lowered.cost_analysis()
+    return float(analysis["flops"])
+
+
+def measure_peak(side: int = 2048, repetitions: int = 10) -> float:
+    """Returns the operations a second of the best of a few products of large matrices."""
+    matrix = jnp.ones((side, side))
+    product = jax.jit(jnp.matmul)
+    product(matrix, matrix).block_until_ready()
+    seconds = []
+    for _ in range(repetitions):
+        before = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        seconds.append(time.perf_counter() - before)
+    return float(2 * side**3 / min(seconds))
+
+
 if __name__ == "__main__":
-    serve_epochs(make_epochs(json.loads(sys.argv[1])))
+    request = json.loads(sys.argv[1])
+    use_cores(request["cores"])
+    use_threaded_convolutions()
+    if request.get("model") is None:
+        serve(lambda asked: {"peak": measure_peak()})
+    else:
+        serve_epochs(make_epochs(request))

@@ -103,19 +103,27 @@ def serve(answer: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
         print(json.dumps(answer(json.loads(line))), flush=True)
 
 
-def serve_epochs(
-    run: Callable[[int], float], prepare: Callable[[dict[str, Any]], None] = lambda request: None
-) -> None:
+def use_cores(count: int) -> int:
+    """Keeps this process to so many of its cores, where the system can; returns their number.
+
+    To be called before a library has counted them for its threads.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return count
+    cores = sorted(os.sched_getaffinity(0))[:count]
+    os.sched_setaffinity(0, cores)
+    return len(cores)
+
+
+def serve_epochs(run: Callable[[int], float]) -> None:
     """Serves `{"epochs": n}` with `{"seconds": s, "loss": l}`, after one epoch that isn't timed.
 
     Args:
       run: makes so many epochs and returns the last one's loss.
-      prepare: is handed each request before the clock starts.
     """
     run(1)
 
     def answer(request: dict[str, Any]) -> dict[str, float]:
-        prepare(request)
         before = time.perf_counter()
         loss = run(request["epochs"])
         return {"seconds": time.perf_counter() - before, "loss": loss}
