@@ -162,7 +162,7 @@ def test_pytorch_counts_its_faster_form_in_each_round():
 
 
 def test_operations_are_those_of_plain_convolutions():
-    """One 3x3 convolution a layer, valid positions alone: counted by hand for VGG's first layers."""
+    """By hand for LeNet: three products a layer, but no gradient of the image."""
     task = {"model": "mnist_cnn", "model_options": {}, "batch_size": 1}
     output = 2 * (576 * 25 * 20 + 64 * 500 * 50 + 800 * 500 + 500 * 10)
     first = 2 * 576 * 25 * 20  # of the image no gradient is asked for
