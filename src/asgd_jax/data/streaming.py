@@ -19,6 +19,7 @@ from asgd_jax.delays.processes import as_integer
 NAME = "imagenet2012"
 
 PathLike = str | os.PathLike[str]
+_DRAWN_AT_ONCE = 64  # images: a draw for each costs as much as a tenth of decoding it
 _SHUFFLE_BUFFER = 8192  # encoded images held for shuffling (ImageNet: about 110 KB each)
 
 TrainBatch = tuple[np.ndarray, np.ndarray]
@@ -73,8 +74,8 @@ def _local_batch_size(batch_size: int, process_index: int, process_count: int) -
 
 
 def _read_encoded(builder: Any, split: str, start: int, stop: int, shuffle_seed: Any) -> Any:
-    """Images start, ..., stop - 1 of a split, still encoded: pairs of bytes and int32 label."""
-    tf, tfds = tensorflow_modules()
+    """Images start, ..., stop - 1 of a split, still encoded, as TFDS's dicts."""
+    _, tfds = tensorflow_modules()
     # The number of files read at a time is part of the order, so it mustn't depend on the machine.
     config = tfds.ReadConfig(
         try_autocache=False,
@@ -84,17 +85,16 @@ def _read_encoded(builder: Any, split: str, start: int, stop: int, shuffle_seed:
         interleave_cycle_length=16,
         interleave_block_length=16,
     )
-    dataset = builder.as_dataset(
+    return builder.as_dataset(
         split=f"{split}[{start}:{stop}]",
         shuffle_files=shuffle_seed is not None,
         decoders={"image": tfds.decode.SkipDecoding()},
         read_config=config,
     )
-    return dataset.map(lambda example: (example["image"], tf.cast(example["label"], tf.int32)))
 
 
 def _read_epochs(builder: Any, share: _Share, seed: int, first_epoch: int, skipped: int) -> Any:
-    """All epochs in turn: triples of draws for the augmentation, bytes and label.
+    """All epochs in turn: pairs of draws for the augmentation and what `_read_encoded` gives.
 
     The first one is read without its first `skipped` images.
 
@@ -111,24 +111,36 @@ def _read_epochs(builder: Any, share: _Share, seed: int, first_epoch: int, skipp
         encoded = _read_encoded(builder, "train", first, first + share.size, seeds[0])
         encoded = encoded.shuffle(_SHUFFLE_BUFFER, seeds[1], reshuffle_each_iteration=False)
 
-        def draw(position: Any, example: tuple[Any, Any]) -> tuple[Any, Any, Any]:
-            # A number of its own for every image of the epoch, over all processes.
-            counter = position * share.process_count + share.process_index
+        def draw(block: Any) -> Any:
+            # A number of its own for every block of the epoch, over all processes.
+            counter = block * share.process_count + share.process_index
             key = tf.stack([seeds[2], counter])
-            return tf.random.stateless_uniform([jpeg.NUM_DRAWS], key, alg="philox"), *example
+            return tf.random.stateless_uniform([_DRAWN_AT_ONCE, jpeg.NUM_DRAWS], key, alg="philox")
 
-        return encoded.take(share.used).enumerate().skip(skip).map(draw)
+        blocks = tf.data.Dataset.range(-(-share.used // _DRAWN_AT_ONCE))
+        draws = blocks.map(draw).unbatch()
+        return tf.data.Dataset.zip((draws, encoded.take(share.used))).skip(skip)
 
     plain = tf.autograph.experimental.do_not_convert  # TFDS's reader isn't its to rewrite
     epochs = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
     return epochs.flat_map(plain(read_epoch))
 
 
-def _decode(images: Any, decode: Callable[..., Any]) -> Any:
-    """`decode` of all but the label, which comes last, on all cores and in order."""
+def _decode(examples: Any, decode: Callable[..., Any]) -> Any:
+    """Pairs of a decoded image and its int32 label, on all cores and in order.
+
+    Args:
+      examples: TFDS's dicts, or pairs of draws and those.
+      decode: of the encoded image, and the draws if there are any.
+    """
     tf, _ = tensorflow_modules()
-    return images.map(
-        lambda *example: (decode(*example[:-1]), example[-1]),
+
+    def pair(*parts: Any) -> tuple[Any, Any]:
+        *draws, example = parts
+        return decode(example["image"], *draws), tf.cast(example["label"], tf.int32)
+
+    return examples.map(
+        pair,
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,
     )
@@ -181,7 +193,7 @@ def train_batches(
     def generate() -> Iterator[TrainBatch]:
         with reading(builder):
             encoded = _read_epochs(builder, share, seed, epoch, position * local)
-            images = _decode(encoded, lambda draw, x: jpeg.decode_train(x, draw, image_size))
+            images = _decode(encoded, lambda x, draws: jpeg.decode_train(x, draws, image_size))
             batches = images.batch(local, drop_remainder=True).prefetch(4)
             yield from batches.as_numpy_iterator()
 
