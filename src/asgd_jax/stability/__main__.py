@@ -72,6 +72,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="one that works without delay: print what eq. 8 makes of it; without --sharpness, "
         "assume the sharpest minimum that it keeps stable",
     )
+    parser.add_argument(
+        "--curvature-noise",
+        type=float,
+        default=0.0,
+        metavar="C",
+        help="variance over mean squared of the curvature that one update's batch sees: that of "
+        "single samples over the batch size (default 0, the full batch)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", metavar="FILE.png", help="draw 1/h* against the delay")
     return parser
@@ -92,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sharpness=options.sharpness,
             learning_rate=options.learning_rate,
             baseline=options.baseline_learning_rate,
+            curvature_noise=options.curvature_noise,
         )
         answered = answer(question)
         if options.plot is not None:
