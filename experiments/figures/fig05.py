@@ -13,7 +13,7 @@ from asgd_jax.training.optimizer import effective_learning_rate
 from asgd_jax.training.sweep import point_config, sweep
 from configs import imagenet_resnet50
 from experiments import style
-from experiments.claims import Claim, at_least, at_most
+from experiments.claims import Claim, equivalent, less_by, more_by
 from experiments.figures.training_runs import (
     did_diverge,
     final_errors,
@@ -126,26 +126,29 @@ def delay_of(records: pd.DataFrame) -> int:
 
 def claims(records: pd.DataFrame) -> list[Claim]:
     """Checks the order of the arms."""
-    error = {
-        arm: errors_of(records, arm).mean() for arm in (SSGD, STANDARD, DAMPED, NONE, SHIFTED, SQRT)
-    }
-    others = max(error[arm] for arm in (DAMPED, NONE, SHIFTED))
+    error = {arm: errors_of(records, arm) for arm in (SSGD, STANDARD, DAMPED, NONE, SHIFTED, SQRT)}
+    next_worst = max((DAMPED, NONE, SHIFTED), key=lambda arm: error[arm].mean())
     return [
-        at_least(
-            "standard momentum's error less that of the next worst", error[STANDARD] - others, 0.0
+        more_by(
+            f"standard momentum's error less that of the next worst ({next_worst})",
+            error[STANDARD],
+            error[next_worst],
+            0.0,
         ),
-        at_most(
-            "no momentum and shifted momentum differ by", abs(error[NONE] - error[SHIFTED]), _CLOSE
+        equivalent(
+            "no momentum's error less shifted momentum's", error[NONE], error[SHIFTED], _CLOSE
         ),
-        at_most(
+        less_by(
             "shifted momentum's error less S-SGD's (its momentum is not damped: its effective rate "
             "is ten times as large, which a short training favours)",
-            error[SHIFTED] - error[SSGD],
+            error[SHIFTED],
+            error[SSGD],
             _CLOSE,
         ),
-        at_least(
+        more_by(
             "the rate over sqrt(tau): error less that of the rate over tau",
-            error[SQRT] - error[STANDARD],
+            error[SQRT],
+            error[STANDARD],
             0.05,
         ),
     ]

@@ -50,7 +50,6 @@ def claims(records: pd.DataFrame) -> list[Claim]:
         curves.root_claim(records),
         curves.linear_claim(records, *series),
         near("mean: the slope of 1/h* is 2/pi", line.slope, 2 / math.pi, 0.01),
-        random_delay.stricter_claim(records),
         *(
             at_most(
                 f"{name}: from mu = {_ALIKE_FROM} on h* is a constant delay's to 2 %, worst error",

@@ -9,7 +9,7 @@ from experiments import style
 from experiments.claims import Claim, at_most
 from experiments.figures import fig01
 from experiments.figures.fig01 import DELAY, rates_of
-from experiments.figures.training_runs import by_seed, last_epoch, select
+from experiments.figures.training_runs import NEXT_RATE, by_seed, last_epoch, select
 
 CAPTION = (
     "The best learning rate under delay, the one of the scaling rule (eq. 8), is the best "
@@ -29,7 +29,7 @@ def claims(records: pd.DataFrame) -> list[Claim]:
         at_most(
             f"distance of the best rate from eq. 8's at epoch {epoch}, as a factor",
             float(factor),
-            2.001,
+            NEXT_RATE,
         )
         for epoch, factor in zip(epochs, factors, strict=True)
     ]

@@ -13,6 +13,7 @@ from experiments.claims import deviation
 
 _TEN_CLASSES = 0.9  # error of a guess: of tables that are older than their column chance_error
 _ERRORS = ("validation_error", "train_error")
+NEXT_RATE = 1.42  # factor between rates that counts as next to each other: sqrt(2), rounded up
 
 
 class Band(NamedTuple):

@@ -45,7 +45,8 @@ def test_a_figure_writes_three_files_and_the_same_table_again(tmp_path):
     }
     assert summary["config"] == {"max_delay": 64, "stride": 8}
     assert all(
-        set(claim) == {"claim", "expected", "measured", "holds"} for claim in summary["claims"]
+        set(claim) == {"claim", "expected", "measured", "holds", "interval"}
+        for claim in summary["claims"]
     )
     assert [int(row["delay"]) for row in read_table(folder / "records.csv")] == [*range(0, 65, 8)]
     before = [(folder / name).read_bytes() for name in ("records.csv", "fig06.png")]
