@@ -9,7 +9,8 @@ A figure is a module of `experiments.figures` with
 * `plot(records)`: the matplotlib figure of that table, a pandas one;
 * `claims(records)`: a list of `Claim`;
 * `notes(records)`, where there is more to say in numbers: a dict for summary.json;
-* `PROXY`, where the cpu preset stands in for something larger: what for, in a line.
+* `PROXY`, where the cpu preset stands in for something larger: what for, in a line;
+* `WHY`, where a claim failed in the committed run: what we think why.
 
 Given the records, `plot` and `claims` compute nothing new: whoever has the table can redo both.
 """

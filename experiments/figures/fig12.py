@@ -17,6 +17,7 @@ CAPTION = (
     "delay, diverge from the minimum; those below stay."
 )
 PROXY = fig02.PROXY
+WHY = "see figure 2, whose runs these are."
 PRESETS = fig02.PRESETS
 run = fig02.run
 notes = fig02.notes

@@ -133,7 +133,7 @@ def test_an_edge_needs_a_run_on_each_side():
     records = pd.DataFrame(
         [{**run, **measured(CALM)[0], "index": k, "learning_rate": 0.1 + k} for k in range(2)]
     )
-    with pytest.raises(ValueError, match="delay 1, seed 0: no edge among 2 rates"):
+    with pytest.raises(ValueError, match="delay 1, seed 0: no edge among 2 learning rates"):
         brackets(judge_runs(records))
 
 
