@@ -55,7 +55,11 @@ def audit_figure(figure: str, folder: Path) -> Iterator[str]:
     """Yields the differences of a figure's folder."""
     summary = json.loads((folder / "summary.json").read_text())
     records = pd.DataFrame(read_records(folder / "records.csv"))
-    computed = _plain(judgement(importlib.import_module(FIGURES[figure]), records))
+    try:
+        computed = _plain(judgement(importlib.import_module(FIGURES[figure]), records))
+    except ValueError as error:
+        yield f"the records cannot be judged: {error}"
+        return
     for name in ("claims", "notes"):
         yield from differences(summary.get(name), computed.get(name), name)
     yield from _configured(summary["config"], records)
