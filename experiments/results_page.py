@@ -29,7 +29,8 @@ that theory predicts, lowest and highest bracket of an edge. A claim with such a
 the whole interval is as expected; a dash is a number that has none, or a single seed.
 """
 _DISTANCE = """
-The paper's setting is that of the `paper` preset, which runs it with one command.
+The paper's setting is that of the `paper` preset, which runs it with one command; what its runs
+take is in [paper_plans.md](paper_plans.md).
 """
 _UNKNOWN = "No reason found yet."
 
