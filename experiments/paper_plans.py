@@ -82,7 +82,7 @@ def plan_row(config: ConfigDict, plan: MemoryPlan) -> dict[str, Any]:
     }
 
 
-def page(rows: Sequence[Mapping[str, Any]]) -> str:
+def plans_page(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns the page as Markdown."""
     return f"{_HEAD.format(backend=jax.default_backend())}\n{markdown_table(rows)}\n"
 
@@ -101,7 +101,7 @@ def _make(options: argparse.Namespace) -> None:
     for row in plans():
         print(f"{row['config']}: {row['total']:,.1f} MiB, {row['updates']:,} updates", flush=True)
         rows.append(row)
-    Path(options.out).write_text(page(rows))
+    Path(options.out).write_text(plans_page(rows))
 
 
 def _shape(config: ConfigDict) -> dict[str, Any]:

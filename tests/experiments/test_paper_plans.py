@@ -25,7 +25,7 @@ def test_every_arm_has_a_row_and_equal_shapes_are_compiled_once(monkeypatch):
     ssgd = rows["imagenet_resnet50:ssgd"]
     assert ssgd["updates"] == 90 * (1_281_167 // 8192)
     assert ssgd["batch of an update"] == 8192
-    page = paper_plans.page(list(rows.values()))
+    page = paper_plans.plans_page(list(rows.values()))
     assert page.count("\n| ") == len(rows) + 1
     committed = (ROOT / "results" / "paper_plans.md").read_text()
     for name, row in rows.items():
