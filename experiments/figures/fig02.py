@@ -221,7 +221,7 @@ def claims(records: pd.DataFrame) -> list[Claim]:
 
 def plot(records: pd.DataFrame) -> Any:
     """Returns the figure: updates until it left, by rate; one over the edge, by delay."""
-    figure, (left, right) = style.new_figure(2, width=6.2, height=4.6)
+    figure, (left, middle, right) = style.new_figure(3, width=5.6, height=4.6)
     figure.suptitle("Which learning rates leave a minimum? The edge falls as 1/τ", fontsize=14)
     runs = edge_runs(records)
     found = by_delay(brackets(runs), "lower")
@@ -235,11 +235,40 @@ def plot(records: pd.DataFrame) -> Any:
         edge = found[delay]
         left.axvline(edge, color=colour, linestyle=":", linewidth=1.2)
         left.plot([edge], [0.02], "o", color=style.BLACK, transform=left.get_xaxis_transform())
-    left.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="updates until it has left")
-    left.set_title("black: the largest rate that stays")
+    left.set(xlabel="learning rate", ylabel="updates until it has left")
+    style.plain_log(left, "x", "y")
+    left.set_title("a line a seed; black: the largest rate that stays")
     left.legend(fontsize=9, ncols=2)
-    _plot_line(right, records)
+    _plot_line(middle, records)
+    _plot_ratios(right, records)
     return figure
+
+
+def _plot_ratios(axis: Any, records: pd.DataFrame) -> None:
+    """Edges over h*/sharpness, from the lowest to the highest end of their brackets."""
+    edges = brackets(edge_runs(records))
+    full = select(records, series=FULL_BATCH).sort_values("delay")
+    full = full.assign(ratio=np.sqrt(full.lower * full.upper) / full.predicted)
+    looks = ((MINI_BATCH, edges, style.BLUE, 0.96), (FULL_BATCH, full, style.ORANGE, 1.04))
+    for name, rows, colour, aside in looks:
+        by = rows.assign(low=rows.lower / rows.predicted, high=rows.upper / rows.predicted)
+        by = by.groupby("delay").agg({"ratio": "mean", "low": "min", "high": "max"})
+        bars = by.ratio - by.low, by.high - by.ratio
+        look = {"fmt": "o", "capsize": 3, "color": colour, "label": name}
+        axis.errorbar(np.array(by.index) * aside, by.ratio, bars, **look)
+    axis.axhline(1.0, color=style.BLACK, linestyle="--", linewidth=1.2, label="prediction")
+    axis.axhspan(
+        1 - EDGE_TOLERANCE,
+        1 + EDGE_TOLERANCE,
+        color=style.BLACK,
+        alpha=0.1,
+        linewidth=0,
+        label=f"± {EDGE_TOLERANCE:.0%}",
+    )
+    axis.set(xlabel="delay τ (updates)", ylabel="edge / (h* / sharpness)", ylim=(0.7, 1.3))
+    style.plain_log(axis, "x")
+    axis.set_title("measured over predicted, with brackets")
+    axis.legend(fontsize=9)
 
 
 def _plot_line(axis: Any, records: pd.DataFrame) -> None:

@@ -65,6 +65,7 @@ _FIELDS = (
 )  # fmt: skip
 
 _CLOSE = 0.02  # of validation error
+_DROPS = (1 / 3, 2 / 3, 8 / 9)  # of the rate, shares of the epochs
 
 
 def _preset(seeds: Sequence[int], *, ramp_from: float = 0.0, **overrides: Any) -> ConfigDict:
@@ -75,7 +76,7 @@ def _preset(seeds: Sequence[int], *, ramp_from: float = 0.0, **overrides: Any) -
     train = with_overrides(
         imagenet_resnet50.get_config(), log_every_steps=None, warmup_from=0.0, **overrides
     )
-    train.decay_epochs = tuple(round(train.epochs * share, 3) for share in (1 / 3, 2 / 3, 8 / 9))
+    train.decay_epochs = tuple(round(train.epochs * share, 3) for share in _DROPS)
     return ConfigDict({"train": train, "ramp_from": ramp_from, "seeds": tuple(seeds)})
 
 
@@ -166,17 +167,21 @@ def plot(records: pd.DataFrame) -> Any:
     last = last_epoch(records)
     epochs = range(1, last + 1)
     panels = (
-        ("standard momentum", (STANDARD, DAMPED)),
+        ("standard momentum", (STANDARD, DAMPED, SQRT)),
         ("no momentum", (NONE,)),
         ("shifted", (SHIFTED,)),
     )
-    figure, axes = style.new_figure(len(panels), width=4.8, height=4.2)
+    figure, axes = style.new_figure(len(panels), width=4.8, height=4.4)
     figure.suptitle(
-        f"A-SGD, delay {delay_of(records)}, learning rate / τ, against S-SGD",
+        f"A-SGD, delay {delay_of(records)}, learning rate / τ, against S-SGD: "
+        "solid validation, dashed training error, grey the drops of the rate",
         fontsize=14,
     )
+    colours = (style.BLUE, style.ORANGE, style.RED, style.PURPLE)
     for axis, (title, arms) in zip(axes, panels, strict=True):
-        for arm, colour in zip((SSGD, *arms), (style.BLUE, style.ORANGE, style.RED), strict=False):
+        for share in _DROPS:
+            axis.axvline(share * last, color="0.6", linewidth=1.0, zorder=0)
+        for arm, colour in zip((SSGD, *arms), colours, strict=False):
             rows = select(records, arm=arm)
             final = 100 * errors_of(records, arm).mean()
             note = ", diverges" if did_diverge(rows) else ""
@@ -184,9 +189,10 @@ def plot(records: pd.DataFrame) -> Any:
             plot_both_errors(axis, rows, epochs, label=label, color=colour)
         axis.set_title(title)
         axis.set(xlabel="epoch")
-        axis.legend(fontsize=9, loc="upper right")
+        axis.legend(fontsize=8, loc="upper right")
     lowest = min(axis.get_ylim()[0] for axis in axes)
     for axis in axes:
-        axis.set_ylim(lowest, 100)
-    axes[0].set_ylabel("error (%); solid validation, dashed train")
+        axis.set_yticks([tick for tick in axis.get_yticks() if lowest <= tick <= 100])
+        axis.set_ylim(lowest, 106)  # room for the legend
+    axes[0].set_ylabel("error (%)")
     return figure

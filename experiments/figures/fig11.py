@@ -133,8 +133,12 @@ def plot(records: pd.DataFrame) -> Any:
         spikes = sum(count_spikes(errors) for errors in runs)
         diverged = did_diverge(select(records, arm=arm))
         axis.set_title(f"{arm}: {spikes} spikes" + (", diverges" if diverged else ""))
-        axis.set(xlabel="epoch", yscale="log")
+        axis.set(xlabel="epoch")
+        style.plain_log(axis, "y")
     axes[0].set_ylabel("training error (%)")
+    limits = [limit for axis in axes for limit in axis.get_ylim()]
+    for axis in axes:
+        axis.set_ylim(min(limits), max(limits))
     return figure
 
 

@@ -54,7 +54,8 @@ def plot(records: pd.DataFrame) -> Any:
         axis.plot(rates, values, color=colour, marker=marker, label=f"epoch {epoch}")
         best = int(np.argmin(values))
         axis.plot(rates[best], values[best], "o", markersize=14, fillstyle="none", color=colour)
-    axis.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="validation error (%)")
+    axis.set(xlabel="learning rate", ylabel="validation error (%)")
+    style.plain_log(axis, "x", "y")
     axis.set_title(f"Delay {DELAY}: the best learning rate (ringed), epoch by epoch")
     axis.legend()
     return figure
