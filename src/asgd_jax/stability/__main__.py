@@ -27,30 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    group = parser.add_argument_group("delay (one of these)").add_mutually_exclusive_group(
-        required=True
-    )
-    group.add_argument("--delay", type=int, metavar="N", help="every gradient is N updates old")
-    group.add_argument(
-        "--uniform", type=int, nargs=2, metavar=("LOW", "HIGH"), help="uniform on LOW, ..., HIGH"
-    )
-    group.add_argument(
-        "--normal", nargs="+", metavar=("MEAN", "STD"), help="Gaussian, rounded; STD is 1 if absent"
-    )
-    group.add_argument(
-        "--pmf", metavar="P", help="probabilities of delay 0, 1, ...: 0,0.5,0.5 or a text file"
-    )
-    group.add_argument(
-        "--workers", type=int, metavar="N", help="simulate N workers of one parameter server"
-    )
-    parser.add_argument(
-        "--schedule",
-        default="round_robin",
-        help="of --workers: round_robin (default), random or normal",
-    )
-    parser.add_argument(
-        "--updates", type=int, default=50_000, help="simulated with --workers (default 50000)"
-    )
+    _add_delay(parser)
     parser.add_argument(
         "--momentum", type=float, help=f"in [0, 1); {_DEFAULT_MOMENTUM} to compare, if absent"
     )
@@ -83,6 +60,34 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", metavar="FILE.png", help="draw 1/h* against the delay")
     return parser
+
+
+def _add_delay(parser: argparse.ArgumentParser) -> None:
+    """The options that say what the delay is."""
+    group = parser.add_argument_group("delay (one of these)").add_mutually_exclusive_group(
+        required=True
+    )
+    group.add_argument("--delay", type=int, metavar="N", help="every gradient is N updates old")
+    group.add_argument(
+        "--uniform", type=int, nargs=2, metavar=("LOW", "HIGH"), help="uniform on LOW, ..., HIGH"
+    )
+    group.add_argument(
+        "--normal", nargs="+", metavar=("MEAN", "STD"), help="Gaussian, rounded; STD is 1 if absent"
+    )
+    group.add_argument(
+        "--pmf", metavar="P", help="probabilities of delay 0, 1, ...: 0,0.5,0.5 or a text file"
+    )
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="simulate N workers of one parameter server"
+    )
+    parser.add_argument(
+        "--schedule",
+        default="round_robin",
+        help="of --workers: round_robin (default), random or normal",
+    )
+    parser.add_argument(
+        "--updates", type=int, default=50_000, help="simulated with --workers (default 50000)"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
