@@ -25,9 +25,9 @@ not the paper's error rates. A claim that failed says so here and in its summary
 _CLAIMS = """
 An interval is that of the measured number: 90 % of a paired difference over seeds (its ends are
 one-sided tests at 5 %, and a claim of sameness is both of them, TOST), 95 % of a slope or a ratio
-that theory predicts: there a claim holds where the whole interval is as expected. Of the edge at one
-delay it is the lowest and the highest rate between which the seeds' edges lie, and the claim is
-about their mean. A dash is a number that has none, or a single seed.
+that theory predicts: there a claim holds where the whole interval is as expected. Of the edge at
+one delay it is the lowest and the highest rate between which the seeds' edges lie, and the claim
+is about their mean. A dash is a number that has none, or a single seed.
 """
 _DISTANCE = """
 The paper's setting is that of the `paper` preset, which runs it with one command; what its runs
