@@ -1,11 +1,11 @@
-# make demo | test | test-fast | lint | figures | bench. Each sets up .venv first; PYTHON picks the
+# make demo | test | test-fast | lint | figures | audit | bench. Each sets up .venv first; PYTHON picks the
 # interpreter.
 PYTHON ?= python3
 PY := .venv/bin/python
 # The data sets of a checkout's neighbour, unless the user names a folder.
 export TFDS_DATA_DIR ?= $(firstword $(wildcard ../shared/tfds) $(HOME)/tensorflow_datasets)
 
-.PHONY: demo test test-fast lint figures bench format clean
+.PHONY: demo test test-fast lint figures audit bench format clean
 .venv/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --requirement requirements.txt
@@ -31,6 +31,10 @@ lint: .venv/.installed
 
 figures: .venv/.installed
 	$(PY) scripts/reproduce.py --figure=all --preset=cpu --out=results
+
+# Every number of results/ again, from its records; fails where one differs.
+audit: .venv/.installed
+	$(PY) scripts/audit.py --out=results
 
 # BENCH="--torch-python=PATH --only=ITEM,..." for a part, or PyTorch from another environment.
 bench: .venv/.installed

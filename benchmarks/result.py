@@ -63,7 +63,7 @@ def goal(claim: Claim, reason: str = "") -> Goal:
     >>> goal(at_most("steps", 1.0, 1.0), "one too many").reason
     ''
     """
-    return Goal(*claim, reason="" if claim.holds else reason or "no reason found yet")
+    return Goal(*claim[:4], reason="" if claim.holds else reason or "no reason found yet")
 
 
 def result_to_json(result: Result) -> dict[str, Any]:

@@ -8,7 +8,9 @@ A figure is a module of `experiments.figures` with
   have `run(config, work)` instead, and keep in the folder `work` what a killed run continues from;
 * `plot(records)`: the matplotlib figure of that table, a pandas one;
 * `claims(records)`: a list of `Claim`;
-* `PROXY`, where the cpu preset stands in for something larger: what for, in a line.
+* `notes(records)`, where there is more to say in numbers: a dict for summary.json;
+* `PROXY`, where the cpu preset stands in for something larger: what for, in a line;
+* `WHY`, where a claim failed in the committed run: what we think why.
 
 Given the records, `plot` and `claims` compute nothing new: whoever has the table can redo both.
 """
@@ -107,9 +109,8 @@ def reproduce(figure: str, preset: str, out: Path) -> dict[str, Any]:
         records = module.run(config)
     description = {
         "figure": figure,
-        "caption": module.CAPTION,
         "preset": preset,
-        "proxy": getattr(module, "PROXY", None) if preset != "paper" else None,
+        **_words(module, preset),
         "config": config._asdict() if hasattr(config, "_asdict") else config.to_dict(),
         "wall_time_s": round(time.perf_counter() - start, 3),
         "found_runs": resumed,  # of an earlier command, whose time is not in wall_time_s
@@ -131,7 +132,15 @@ def redraw(figure: str, out: Path) -> dict[str, Any]:
         records = read_records(folder / "records.csv")
     except FileNotFoundError as error:
         raise ValueError(f"{folder} has no records to draw: run the figure first") from error
+    # As the module has them now; what ran, and when, stays.
+    description |= _words(importlib.import_module(FIGURES[figure]), description["preset"])
     return _write(figure, records, description, out)
+
+
+def _words(module: Any, preset: str) -> dict[str, Any]:
+    """What a figure says of itself: its caption and what it stands in for."""
+    proxy = getattr(module, "PROXY", None) if preset != "paper" else None
+    return {"caption": module.CAPTION, "proxy": proxy}
 
 
 def _write(
@@ -145,7 +154,7 @@ def _write(
         write_records(partial / "records.csv", records)
         # As they are in the file, so that pictures and claims are functions of what is kept.
         table = pd.DataFrame(read_records(partial / "records.csv"))
-        summary = description | {"claims": [claim._asdict() for claim in module.claims(table)]}
+        summary = {**description, **judgement(module, table)}
         style.save(module.plot(table), partial / f"{name}.png")
         write_json(partial / "summary.json", summary)
         folder = out / name
@@ -153,6 +162,17 @@ def _write(
         for file in (f"{name}.png", "records.csv", "summary.json"):
             (partial / file).replace(folder / file)
     return summary
+
+
+def judgement(module: Any, table: pd.DataFrame) -> dict[str, Any]:
+    """Returns what a summary says of a table: its claims, and notes of the figures that have any.
+
+    It is a function of the records alone: `experiments.audit` computes it again.
+    """
+    found: dict[str, Any] = {"claims": [claim._asdict() for claim in module.claims(table)]}
+    if hasattr(module, "notes"):
+        found["notes"] = module.notes(table)
+    return found
 
 
 def clean_work(out: Path) -> None:

@@ -60,6 +60,24 @@ def new_figure(num_panels: int = 1, *, width: float = 5.4, height: float = 3.9) 
     return figure, list(axes)
 
 
+def plain_log(axis: Any, *sides: str) -> None:
+    """Makes sides ("x", "y") of an axis logarithmic, with ticks 1, 2, 5, 10, ... as plain numbers.
+
+    Call it when everything is drawn: over more than 500 times only powers of ten are named.
+    """
+    import_matplotlib()
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    for side in sides:
+        axis.set(**{f"{side}scale": "log"})
+        low, high = getattr(axis, f"get_{side}lim")()
+        subs = (1.0, 2.0, 5.0) if high / low < 500 else (1.0,)
+        one = axis.xaxis if side == "x" else axis.yaxis
+        one.set_major_locator(LogLocator(subs=subs))
+        one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        one.set_minor_locator(NullLocator())
+
+
 def sparse_markers(num_points: int, wanted: int = 8) -> dict[str, Any]:
     """Returns plot arguments that mark about `wanted` of the points.
 

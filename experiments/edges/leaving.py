@@ -1,22 +1,73 @@
-"""When a run has left a minimum, how long it is given to, and the search for the edge."""
+"""When a run has left a minimum, how long it is given to, and the search for the edge.
 
+A run has *left* when it diverged, when the training error of a row of measurements exceeds the
+minimum's by `ERROR_LEVEL`, or when the loss on the whole training set exceeds twice the minimum's,
+once. Above the edge a run may leap out (a training error of 30 to 50 %) and settle in a flatter
+minimum before the next measurement: a *catapult*. It has left too, though both its loss and its
+error are small again in the end; a rule that waits for two large losses in a row misses it.
+"""
+
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from asgd_jax import stability
 
 E_FOLDS = 12  # of growth just above the edge, for which every run has time
+ERROR_LEVEL = 0.01  # of training error above the minimum's, in any row
+LOSS_FACTOR = 2.0  # of the minimum's loss, in any row
 _MOST_STRIDES = 20
 
 
 def most_loss(loss: float) -> float:
-    """Returns the loss above which a run has left a minimum of loss `loss`.
+    """Returns the loss above which a full-batch run has left a minimum of loss `loss`.
 
     >>> most_loss(0.5), most_loss(0.0)
     (5.0, 0.1)
     """
     return max(10.0 * loss, loss + 0.1)
+
+
+def first_left(rows: Sequence[Mapping[str, Any]], loss: float, error: float = 0.0) -> int | None:
+    """Returns the first row by which a run has left the minimum that it started from, or None.
+
+    Args:
+      rows: measurements in order, with train_error (of the row's own updates), full_train_loss and
+        diverged_at (-1 where it did not).
+      loss: the minimum's, on the whole training set in evaluation mode.
+      error: the minimum's training error.
+
+    >>> calm = {"train_error": 0.0, "full_train_loss": 0.1, "diverged_at": -1}
+    >>> first_left([calm, calm | {"train_error": 0.3}, calm], 0.1), first_left([calm], 0.1)
+    (1, None)
+    """
+    for number, row in enumerate(rows):
+        # Written so that a NaN has left.
+        stays = row["train_error"] <= error + ERROR_LEVEL
+        stays = stays and row["full_train_loss"] <= LOSS_FACTOR * loss
+        if not stays or row["diverged_at"] >= 0:
+            return number
+    return None
+
+
+def has_left(rows: Sequence[Mapping[str, Any]], loss: float, error: float = 0.0) -> bool:
+    """Whether a run has left, as in `first_left`."""
+    return first_left(rows, loss, error) is not None
+
+
+def left_for_good(rows: Sequence[Mapping[str, Any]], loss: float) -> bool:
+    """The rule before: diverged, or a loss above max(10 L, L + 0.1) at two rows in a row.
+
+    It counts a catapult as a run that stayed; kept so that both readings can be told.
+
+    >>> left_for_good([{"full_train_loss": 9.0, "diverged_at": -1}] * 2, 0.1)
+    True
+    """
+    above = [not row["full_train_loss"] <= most_loss(loss) for row in rows]
+    return rows[-1]["diverged_at"] >= 0 or any(
+        first and second for first, second in itertools.pairwise(above)
+    )
 
 
 def e_fold(delay: int, resolution: float, **method: Any) -> float:

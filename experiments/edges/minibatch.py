@@ -1,14 +1,13 @@
 r"""At which learning rate does mini-batch A-SGD leave a minimum? The protocol of figs. 2 and 12.
 
 S-SGD trains to a minimum, whose sharpness $a$ is measured. From there, the history full of that
-point, A-SGD continues at one delay and learning rate after another. It has *left* when the loss on
-the whole training set, in evaluation mode, exceeds max(10 L, L + 0.1), L the minimum's, or is not
-finite, at two measurements in a row. The largest learning rate that stays should be $h^*(\tau)/a$.
+point, A-SGD continues at one delay and learning rate after another, also after it has left
+(`leaving.py` says when it has). The largest learning rate that stays should be $h^*(\tau)/a$.
 """
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +26,10 @@ from asgd_jax.training.program import make_model
 from asgd_jax.training.state import PyTree
 from asgd_jax.training.step import cross_entropy
 from asgd_jax.training.sweep import Point, sweep, train_params
-from experiments.edges.leaving import E_FOLDS, bracket, e_fold, most_loss, next_index
+from experiments.edges.leaving import E_FOLDS, bracket, e_fold, has_left, next_index
 
 RESOLUTION = 0.08  # learning rates lie on a geometric grid of this step, as in the paper
-_ROWS = 24  # measurements of a run
+_ROWS = 48  # measurements of a run: four in the growth time of one grid step above the edge
 _STRIDE = 8  # grid steps by which the search goes until it is past the edge
 
 
@@ -41,11 +40,13 @@ class Start(NamedTuple):
       params: pytree of arrays.
       loss: mean cross-entropy over the training set, in evaluation mode, without label smoothing.
       sharpness: largest eigenvalue of the Hessian of the mean loss that is trained, with it.
+      error: share of the training set that is told wrongly, in evaluation mode.
     """
 
     params: PyTree
     loss: float
     sharpness: float
+    error: float = 0.0
 
 
 def reach_minimum(config: ConfigDict, work: Path) -> Start:
@@ -57,13 +58,19 @@ def reach_minimum(config: ConfigDict, work: Path) -> Start:
     validate_config(config)
     dataset = load_dataset(config)
     params = _trained(config, dataset, work / "minimum.npz")
-    plain_loss, batches = _training_loss(config, dataset, smoothing=0.0)
-    loss = float(np.mean([jax.jit(plain_loss)(params, batch) for batch in batches]))
+    batches = _training_batches(config, dataset)
+    loss, error = (
+        float(np.mean([measure(params, batch) for batch in batches]))
+        for measure in (
+            jax.jit(_batch_mean(config, dataset, each)) for each in (cross_entropy, _is_wrong)
+        )
+    )
     if not math.isfinite(loss):
         raise ValueError(f"S-SGD diverged at learning rate {config.learning_rate}: lower it")
-    loss_fn, batches = _training_loss(config, dataset, config.label_smoothing)
+    smoothed = partial(cross_entropy, smoothing=config.label_smoothing)
+    loss_fn = _batch_mean(config, dataset, smoothed)
     top = curvature.sharpness(loss_fn, params, batches, tol=1e-3)
-    return Start(params, loss, float(top.value))
+    return Start(params, loss, float(top.value), error)
 
 
 def _trained(config: ConfigDict, dataset: Dataset, file: Path) -> PyTree:
@@ -86,29 +93,36 @@ def _trained(config: ConfigDict, dataset: Dataset, file: Path) -> PyTree:
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
     params = jax.device_get(train_params(config, dataset))
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial.npz")
-    np.savez(partial, *jax.tree.leaves(params))
-    partial.replace(file)
+    unfinished = file.with_suffix(".partial.npz")
+    np.savez(unfinished, *jax.tree.leaves(params))
+    unfinished.replace(file)
     write_json(file.with_suffix(".json"), fingerprint)
     return params
 
 
-def _training_loss(config: ConfigDict, dataset: Dataset, smoothing: float) -> tuple[Any, list[Any]]:
-    """The mean loss of a batch in evaluation mode, and the training set in equal batches."""
+def _is_wrong(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """1 for every sample whose largest logit is another class's."""
+    return (logits.argmax(axis=-1) != labels).astype(np.float32)
+
+
+def _batch_mean(
+    config: ConfigDict, dataset: Dataset, measure: Callable[[jax.Array, jax.Array], jax.Array]
+) -> Callable[[PyTree, tuple[jax.Array, jax.Array]], jax.Array]:
+    """The mean of `measure(logits, labels)` over a batch, in evaluation mode."""
     model, normalize = make_model(config, dataset.num_classes), data.normalizer(dataset)
-    size = max(
-        n for n in range(1, config.eval_batch_size + 1) if len(dataset.train_labels) % n == 0
-    )
 
-    def loss_fn(params: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def mean(params: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         logits = model.apply({"params": params}, normalize(batch[0]), train=False)
-        return cross_entropy(logits, batch[1], smoothing).mean()
+        return measure(logits, batch[1]).mean()
 
-    batches = [
-        (dataset.train_images[k : k + size], dataset.train_labels[k : k + size])
-        for k in range(0, len(dataset.train_labels), size)
-    ]
-    return loss_fn, batches
+    return mean
+
+
+def _training_batches(config: ConfigDict, dataset: Dataset) -> list[tuple[Any, Any]]:
+    """The training set in batches of equal size."""
+    images, labels = dataset.train_images, dataset.train_labels
+    size = max(n for n in range(1, config.eval_batch_size + 1) if len(labels) % n == 0)
+    return [(images[k : k + size], labels[k : k + size]) for k in range(0, len(labels), size)]
 
 
 def grid_rate(sharpness: float, index: int) -> float:
@@ -126,22 +140,10 @@ def num_epochs(delay: int, steps_per_epoch: int) -> tuple[int, int]:
     Together they leave time for twelve e-folds of growth one grid step above the edge.
 
     >>> num_epochs(0, steps_per_epoch=8)
-    (24, 1)
+    (48, 1)
     """
     between = math.ceil(E_FOLDS * e_fold(delay, RESOLUTION) / (_ROWS * steps_per_epoch))
     return _ROWS * between, between
-
-
-def has_left(rows: Sequence[Record], limit: float) -> bool:
-    """Whether a run left: it diverged, or two measurements in a row exceed the limit.
-
-    >>> has_left([{"full_train_loss": 9.0, "diverged_at": -1}] * 2, 1.0)
-    True
-    """
-    above = [not row["full_train_loss"] <= limit for row in rows]
-    return rows[-1]["diverged_at"] >= 0 or any(
-        first and second for first, second in itertools.pairwise(above)
-    )
 
 
 def find_edges(
@@ -168,25 +170,32 @@ def find_edges(
 
     Returns:
       The records of `sweep` with the columns left (0 or 1), index (of the rate) and, the same in
-      every row: minimum_loss and sharpness.
+      every row: minimum_loss, minimum_error and sharpness.
 
     Raises:
       ValueError: when every rate leaves, or every one stays.
     """
     pairs = [(delay, seed) for delay in delays for seed in seeds]
     found: dict[tuple[int, int], dict[int, list[Record]]] = {pair: {} for pair in pairs}
-    limit = most_loss(start.loss)
     steps = len(load_dataset(config).train_labels) // config.worker_batch_size
 
     def run(wanted: Sequence[tuple[tuple[int, int], int]]) -> None:
         points = [_point(start, steps, pair, index) for pair, index in wanted]
-        rows = sweep(config, points, work=work, initial=start.params, leave_loss=limit)
+        # A finite one, so that the loss is measured: runs go on after they have left.
+        rows = sweep(
+            config,
+            points,
+            work=work,
+            initial=start.params,
+            leave_loss=config.divergence_loss,
+        )
         for point, (pair, index) in zip(points, wanted, strict=True):
             mine = [row for row in rows if all(row[name] == point[name] for name in point)]
             found[pair][index] = mine
 
     def left(pair: tuple[int, int]) -> dict[int, bool]:
-        return {index: has_left(rows, limit) for index, rows in found[pair].items()}
+        runs = found[pair].items()
+        return {index: has_left(rows, start.loss, start.error) for index, rows in runs}
 
     while wanted := [
         (pair, index) for pair in pairs if (index := next_index(left(pair), _STRIDE)) is not None
@@ -205,9 +214,13 @@ def find_edges(
 
 def _marked(runs: dict[int, list[Record]], start: Start) -> list[Record]:
     """The rows of runs, in the order of their indices, with what became of each run."""
-    same, limit = {"minimum_loss": start.loss, "sharpness": start.sharpness}, most_loss(start.loss)
+    same = {
+        "minimum_loss": start.loss,
+        "minimum_error": start.error,
+        "sharpness": start.sharpness,
+    }
     return [
-        {**row, "index": index, "left": int(has_left(rows, limit)), **same}
+        {**row, "index": index, "left": int(has_left(rows, start.loss, start.error)), **same}
         for index, rows in sorted(runs.items())
         for row in rows
     ]

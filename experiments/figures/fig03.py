@@ -13,11 +13,12 @@ from asgd_jax.training.folder.table import Record
 from asgd_jax.training.sweep import sweep
 from configs import cifar10_vgg11
 from experiments import style
-from experiments.claims import Claim, at_most, deviation
+from experiments.claims import Claim, at_most, less_by
 from experiments.figures.training_runs import (
+    NEXT_RATE,
     final_errors,
     last_epoch,
-    over_seeds,
+    plot_seeds,
     run_points,
     select,
     with_chance,
@@ -29,9 +30,13 @@ CAPTION = (
     "learning rate of eq. 8, where it equals that of S-SGD."
 )
 PROXY = "LeNet on 6,000 images of MNIST in the place of VGG-11 on CIFAR-10"
+WHY = (
+    "three seeds: the interval of a difference reaches .7 to 1.7 % to each side, more than "
+    "the .5 % that it is to be within. Every point estimate is within."
+)
 
 _LAST_ROWS = 3  # measurements at the end, over which an error is averaged
-_CLOSE = 0.002  # of validation error, in which two arms agree at the least
+_CLOSE = 0.005  # of validation error: a smaller difference counts as none
 
 
 def _preset(
@@ -93,18 +98,14 @@ def claims(records: pd.DataFrame) -> list[Claim]:
         errors = {rate: _errors(records, delay, rate) for rate in rates}
         eq_8 = min(rates, key=lambda rate: abs(np.log(rate * delay / baseline)))
         best = min(rates, key=lambda rate: errors[rate].mean())
-        spread = np.fmax(_CLOSE, deviation(ssgd))
         found += [
-            at_most(
-                f"tau = {delay}: error at eq. 8's rate less S-SGD's "
-                f"(bound: S-SGD's standard deviation, or {_CLOSE})",
-                errors[eq_8].mean() - ssgd.mean(),
-                float(spread),
+            less_by(
+                f"tau = {delay}: error at eq. 8's rate less S-SGD's", errors[eq_8], ssgd, _CLOSE
             ),
             at_most(
                 f"tau = {delay}: the best rate's distance from eq. 8's, as a factor",
                 float(np.exp(abs(np.log(best / eq_8)))),
-                2.001,
+                NEXT_RATE,
             ),
         ]
     return found
@@ -114,21 +115,25 @@ def plot(records: pd.DataFrame) -> Any:
     """Returns the figure: final error against the learning rate, a colour a delay."""
     ssgd, baseline = _ssgd(records)
     figure, (axis,) = style.new_figure(1, width=8.5, height=5)
-    axis.axhline(100 * ssgd.mean(), color=style.BLACK, linestyle="--", linewidth=1.3)
-    axis.text(1.0, 100 * ssgd.mean(), " S-SGD", transform=axis.get_yaxis_transform(), va="center")
+    axis.axhspan(100 * ssgd.min(), 100 * ssgd.max(), color=style.BLACK, alpha=0.15, linewidth=0)
+    axis.axhline(
+        100 * ssgd.mean(),
+        color=style.BLACK,
+        linestyle="--",
+        linewidth=1.3,
+        label="S-SGD (range of seeds)",
+    )
     for index, (delay, rates) in enumerate(_rates(records).items()):
         colour = style.COLOURS[index % len(style.COLOURS)]
-        band = over_seeds(np.transpose([100 * _errors(records, delay, rate) for rate in rates]))
-        axis.plot(rates, band.mean, color=colour, marker=style.MARKERS[index], label=f"τ = {delay}")
-        axis.fill_between(rates, band.low, band.high, color=colour, alpha=0.2, linewidth=0)
+        errors = [100 * _errors(records, delay, rate) for rate in rates]
+        plot_seeds(axis, rates, errors, color=colour, label=f"τ = {delay}")
         axis.axvline(baseline / delay, color=colour, linestyle="--", linewidth=1.2)
         exact = stability.rescale_learning_rate(baseline, delay, rule="exact")
         axis.axvline(exact, color=colour, linestyle=":", linewidth=1.2)
-    axis.set(
-        xscale="log", yscale="log", xlabel="learning rate", ylabel="final validation error (%)"
-    )
+    axis.set(xlabel="learning rate", ylabel="final validation error (%)")
+    style.plain_log(axis, "x", "y")
     axis.set_title(
-        "Just above the rate of eq. 8 the error leaps up, for every delay\n"
+        "At twice the rate of eq. 8 the mean error leaps up, for every delay; a point a seed\n"
         "vertical: eq. 8, dashed S-SGD's rate / τ, dotted the exact rule"
     )
     axis.legend()

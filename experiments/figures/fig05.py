@@ -13,7 +13,7 @@ from asgd_jax.training.optimizer import effective_learning_rate
 from asgd_jax.training.sweep import point_config, sweep
 from configs import imagenet_resnet50
 from experiments import style
-from experiments.claims import Claim, at_least, at_most
+from experiments.claims import Claim, equivalent, less_by, more_by
 from experiments.figures.training_runs import (
     did_diverge,
     final_errors,
@@ -34,6 +34,13 @@ CAPTION = (
 PROXY = (
     "16 workers (tau = 15) of 16 samples, a ResNet-8 of a quarter of the width and 5,000 images "
     "of CIFAR-10 in the place of ResNet-50 on ImageNet"
+)
+WHY = (
+    "two seeds leave every difference but the largest open. Beyond that, an undamped rate "
+    "divided by the delay does not keep the arms comparable: the largest stable sharpness "
+    "h*/eta is 6.3 for S-SGD, 3.3 shifted, 2.5 without momentum, 2.0 damped and .20 undamped, "
+    "and without momentum the effective rate is a tenth of the undamped arms', for a few "
+    "thousand updates only."
 )
 
 SSGD = "S-SGD, large batch"
@@ -58,6 +65,7 @@ _FIELDS = (
 )  # fmt: skip
 
 _CLOSE = 0.02  # of validation error
+_DROPS = (1 / 3, 2 / 3, 8 / 9)  # of the rate, shares of the epochs
 
 
 def _preset(seeds: Sequence[int], *, ramp_from: float = 0.0, **overrides: Any) -> ConfigDict:
@@ -68,7 +76,7 @@ def _preset(seeds: Sequence[int], *, ramp_from: float = 0.0, **overrides: Any) -
     train = with_overrides(
         imagenet_resnet50.get_config(), log_every_steps=None, warmup_from=0.0, **overrides
     )
-    train.decay_epochs = tuple(round(train.epochs * share, 3) for share in (1 / 3, 2 / 3, 8 / 9))
+    train.decay_epochs = tuple(round(train.epochs * share, 3) for share in _DROPS)
     return ConfigDict({"train": train, "ramp_from": ramp_from, "seeds": tuple(seeds)})
 
 
@@ -126,26 +134,29 @@ def delay_of(records: pd.DataFrame) -> int:
 
 def claims(records: pd.DataFrame) -> list[Claim]:
     """Checks the order of the arms."""
-    error = {
-        arm: errors_of(records, arm).mean() for arm in (SSGD, STANDARD, DAMPED, NONE, SHIFTED, SQRT)
-    }
-    others = max(error[arm] for arm in (DAMPED, NONE, SHIFTED))
+    error = {arm: errors_of(records, arm) for arm in (SSGD, STANDARD, DAMPED, NONE, SHIFTED, SQRT)}
+    next_worst = max((DAMPED, NONE, SHIFTED), key=lambda arm: error[arm].mean())
     return [
-        at_least(
-            "standard momentum's error less that of the next worst", error[STANDARD] - others, 0.0
+        more_by(
+            f"standard momentum's error less that of the next worst ({next_worst})",
+            error[STANDARD],
+            error[next_worst],
+            0.0,
         ),
-        at_most(
-            "no momentum and shifted momentum differ by", abs(error[NONE] - error[SHIFTED]), _CLOSE
+        equivalent(
+            "no momentum's error less shifted momentum's", error[NONE], error[SHIFTED], _CLOSE
         ),
-        at_most(
+        less_by(
             "shifted momentum's error less S-SGD's (its momentum is not damped: its effective rate "
             "is ten times as large, which a short training favours)",
-            error[SHIFTED] - error[SSGD],
+            error[SHIFTED],
+            error[SSGD],
             _CLOSE,
         ),
-        at_least(
+        more_by(
             "the rate over sqrt(tau): error less that of the rate over tau",
-            error[SQRT] - error[STANDARD],
+            error[SQRT],
+            error[STANDARD],
             0.05,
         ),
     ]
@@ -156,17 +167,21 @@ def plot(records: pd.DataFrame) -> Any:
     last = last_epoch(records)
     epochs = range(1, last + 1)
     panels = (
-        ("standard momentum", (STANDARD, DAMPED)),
+        ("standard momentum", (STANDARD, DAMPED, SQRT)),
         ("no momentum", (NONE,)),
         ("shifted", (SHIFTED,)),
     )
-    figure, axes = style.new_figure(len(panels), width=4.8, height=4.2)
+    figure, axes = style.new_figure(len(panels), width=4.8, height=4.4)
     figure.suptitle(
-        f"A-SGD, delay {delay_of(records)}, learning rate / τ, against S-SGD",
+        f"A-SGD, delay {delay_of(records)}, learning rate / τ, against S-SGD: "
+        "solid validation, dashed training error, grey the drops of the rate",
         fontsize=14,
     )
+    colours = (style.BLUE, style.ORANGE, style.RED, style.PURPLE)
     for axis, (title, arms) in zip(axes, panels, strict=True):
-        for arm, colour in zip((SSGD, *arms), (style.BLUE, style.ORANGE, style.RED), strict=False):
+        for share in _DROPS:
+            axis.axvline(share * last, color="0.6", linewidth=1.0, zorder=0)
+        for arm, colour in zip((SSGD, *arms), colours, strict=False):
             rows = select(records, arm=arm)
             final = 100 * errors_of(records, arm).mean()
             note = ", diverges" if did_diverge(rows) else ""
@@ -174,9 +189,10 @@ def plot(records: pd.DataFrame) -> Any:
             plot_both_errors(axis, rows, epochs, label=label, color=colour)
         axis.set_title(title)
         axis.set(xlabel="epoch")
-        axis.legend(fontsize=9, loc="upper right")
+        axis.legend(fontsize=8, loc="upper right")
     lowest = min(axis.get_ylim()[0] for axis in axes)
     for axis in axes:
-        axis.set_ylim(lowest, 100)
-    axes[0].set_ylabel("error (%); solid validation, dashed train")
+        axis.set_yticks([tick for tick in axis.get_yticks() if lowest <= tick <= 100])
+        axis.set_ylim(lowest, 106)  # room for the legend
+    axes[0].set_ylabel("error (%)")
     return figure

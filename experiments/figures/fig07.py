@@ -55,7 +55,6 @@ def claims(records: pd.DataFrame) -> list[Claim]:
         curves.linear_claim(records, *series),
         near("mean: the slope of 1/h* is 4/pi^2", line.slope, 4 / math.pi**2, 0.01),
         near(f"mean: h* nears pi^2/(2b), at b = {b:g}", far, math.pi**2 / (2 * b), 0.01),
-        random_delay.stricter_claim(records),
         *(
             at_least(
                 f"{name}: from b = {_MILDER_FROM} on h* is above that of a constant delay of equal "

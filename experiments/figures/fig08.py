@@ -50,7 +50,6 @@ def claims(records: pd.DataFrame) -> list[Claim]:
         curves.root_claim(records),
         curves.linear_claim(records, *series),
         near("mean: the slope of 1/h* is 2/pi", line.slope, 2 / math.pi, 0.01),
-        random_delay.stricter_claim(records),
         *(
             at_most(
                 f"{name}: from mu = {_ALIKE_FROM} on h* is a constant delay's to 2 %, worst error",
@@ -64,7 +63,7 @@ def claims(records: pd.DataFrame) -> list[Claim]:
 
 def plot(records: pd.DataFrame) -> Any:
     """Returns the figure: 1/h* against the mean delay, and h* over a constant delay's."""
-    figure, (_, right) = random_delay.plot_random_delay(
+    figure, (left, right) = random_delay.plot_random_delay(
         records,
         "Gaussian delays N(μ, 1) act like a constant delay of the same mean",
         "1/h* is linear in the mean delay",
@@ -73,4 +72,5 @@ def plot(records: pd.DataFrame) -> Any:
     )
     right.axhspan(0.98, 1.02, color=style.BLACK, alpha=0.12, linewidth=0)
     right.text(20, 0.984, "± 2 %", fontsize=11)
+    left.text(0.05, 0.9, "three lines that coincide", transform=left.transAxes, fontsize=11)
     return figure

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from experiments import style
-from experiments.claims import Claim, at_most, deviation
+from experiments.claims import Claim, equivalent
 from experiments.figures import fig05
 from experiments.figures.fig05 import NORMAL, SHIFTED, errors_of
 from experiments.figures.training_runs import last_epoch, plot_both_errors, select
@@ -16,24 +15,20 @@ CAPTION = (
     "whose delay is constant."
 )
 PROXY = fig05.PROXY
+WHY = (
+    "two seeds: the interval of the difference reaches 2.6 % to each side, so that sameness "
+    "to 1 % is neither shown nor refuted."
+)
 PRESETS = fig05.PRESETS
 run = fig05.run
 
-_CLOSE = 0.01  # of validation error, in which two arms agree at the least
+_CLOSE = 0.01  # of validation error: a smaller difference counts as none
 
 
 def claims(records: pd.DataFrame) -> list[Claim]:
-    """Checks that the two final errors differ by no more than seeds do."""
-    constant, normal = errors_of(records, SHIFTED), errors_of(records, NORMAL)
-    spread = 2 * np.hypot(deviation(constant), deviation(normal))
-    return [
-        at_most(
-            f"final errors of constant and Gaussian delays differ by (bound: {_CLOSE} or two "
-            "standard deviations over seeds)",
-            abs(constant.mean() - normal.mean()),
-            float(np.fmax(_CLOSE, spread)),
-        )
-    ]
+    """Checks that the two final errors are equivalent."""
+    text = "final error of Gaussian delays less that of constant ones"
+    return [equivalent(text, errors_of(records, NORMAL), errors_of(records, SHIFTED), _CLOSE)]
 
 
 def plot(records: pd.DataFrame) -> Any:
@@ -47,6 +42,6 @@ def plot(records: pd.DataFrame) -> Any:
         label = f"{name} delay: {100 * errors_of(records, arm).mean():.1f} %"
         plot_both_errors(axis, select(records, arm=arm), epochs, label=label, color=colour)
     axis.set(xlabel="epoch", ylabel="error (%); solid validation, dashed train")
-    axis.set_title(f"Constant or Gaussian delays of mean {fig05.delay_of(records)}: no difference")
+    axis.set_title(f"Constant and Gaussian delays of mean {fig05.delay_of(records)}")
     axis.legend()
     return figure

@@ -27,6 +27,10 @@ CAPTION = (
     "with momentum and without; shifted momentum removes them."
 )
 PROXY = "a ResNet-8 of half width on 1,000 images of CIFAR-10 in the place of ResNet-44 on all"
+WHY = (
+    "the runs do not get to where spikes show: at this rate, this data and this width the training "
+    "error is still above one half in the end."
+)
 DELAY = int(cifar10_resnet44.get_config("shifted").delay)
 
 STANDARD, NONE, SHIFTED = "standard momentum", "no momentum", "shifted momentum"
@@ -129,8 +133,12 @@ def plot(records: pd.DataFrame) -> Any:
         spikes = sum(count_spikes(errors) for errors in runs)
         diverged = did_diverge(select(records, arm=arm))
         axis.set_title(f"{arm}: {spikes} spikes" + (", diverges" if diverged else ""))
-        axis.set(xlabel="epoch", yscale="log")
+        axis.set(xlabel="epoch")
+        style.plain_log(axis, "y")
     axes[0].set_ylabel("training error (%)")
+    limits = [limit for axis in axes for limit in axis.get_ylim()]
+    for axis in axes:
+        axis.set_ylim(min(limits), max(limits))
     return figure
 
 

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from experiments import style
-from experiments.claims import Claim, at_least, at_most
+from experiments.claims import Claim, at_least, at_most, estimate_slope, inside
+from experiments.edges.judge import brackets, by_delay
 from experiments.figures import fig02
-from experiments.figures.fig02 import MINI_BATCH, edge_runs
+from experiments.figures.fig02 import EDGE_TOLERANCE, MINI_BATCH, edge_runs
 from experiments.figures.training_runs import select
 
 CAPTION = (
@@ -15,66 +17,78 @@ CAPTION = (
     "delay, diverge from the minimum; those below stay."
 )
 PROXY = fig02.PROXY
+WHY = "see figure 2, whose runs these are."
 PRESETS = fig02.PRESETS
 run = fig02.run
+notes = fig02.notes
 
 
 def claims(records: pd.DataFrame) -> list[Claim]:
-    """Checks every run, at every delay, against that delay's threshold."""
+    """Checks every run against its delay's predicted threshold, and how the edge falls."""
+    runs = edge_runs(records)
+    ratio = runs.learning_rate / runs.predicted
     found = []
-    products = []
-    for delay, mine in edge_runs(records).groupby("delay"):
-        above = mine[mine.learning_rate >= 0.999 * mine.upper].left
-        below = mine[mine.learning_rate <= 1.001 * mine.lower].left
-        found += [
+    for delay, mine in runs[ratio >= 1.0 + EDGE_TOLERANCE].groupby("delay"):
+        found.append(
             at_least(
-                f"tau = {delay}: share of rates 8 % or more above the threshold that leave "
-                f"({len(above)} runs)",
-                above.mean(),
+                f"tau = {delay}: share of rates {EDGE_TOLERANCE:.0%} or more above h*/sharpness "
+                f"that leave ({len(mine)} runs)",
+                mine.left.mean(),
                 1.0,
-            ),
-            at_most(
-                f"tau = {delay}: share of rates below it that leave ({len(below)} runs)",
-                below.mean(),
-                0.0,
-            ),
-        ]
-        products.append((2 * mine.delay.iloc[0] + 1) * mine.lower.mean())
-    text = "threshold times (2 tau + 1), largest over smallest of all delays"
-    return [*found, at_most(text, max(products) / min(products), 1.35)]
+            )
+        )
+    below = runs[ratio <= 1.0 - EDGE_TOLERANCE]
+    edges = brackets(runs)
+    exponent = estimate_slope(np.log(by_delay(edges, "predicted")), np.log(by_delay(edges, "edge")))
+    return [
+        *found,
+        at_most(
+            f"all delays: share of rates {EDGE_TOLERANCE:.0%} or more below h*/sharpness that "
+            f"leave ({len(below)} runs)",
+            below.left.mean(),
+            0.0,
+        ),
+        inside("the edge goes as a power of h*, of exponent", exponent, 0.9, 1.1),
+    ]
 
 
 def plot(records: pd.DataFrame) -> Any:
-    """Returns the figure: validation error against updates, a panel a delay."""
+    """Returns the figure: training error against updates, a panel a delay."""
     rows = select(records, series=MINI_BATCH)
+    runs = edge_runs(records)
     delays = sorted(rows.delay.unique())
-    shown = delays if len(delays) <= 3 else [delays[0], delays[len(delays) // 2], delays[-1]]
-    figure, axes = style.new_figure(len(shown), width=4.8, height=4.2)
-    figure.suptitle("Above the threshold the minimum is left; just below it is not", fontsize=14)
+    figure, axes = style.new_figure(len(delays), width=3.4, height=4.2)
+    figure.suptitle(
+        "From the minimum on, one seed: runs that leave (red), leap out and settle elsewhere "
+        "(orange), stay (blue)",
+        fontsize=14,
+    )
     seed = rows.seed.min()
-    for axis, delay in zip(axes, shown, strict=True):
+    for axis, delay in zip(axes, delays, strict=True):
         mine = select(rows, delay=delay, seed=seed)
-        _plot_delay(axis, mine)
-        axis.set_title(f"τ = {delay}: threshold {mine.lower.iloc[0]:.3g}")
-        axis.set(xlabel="updates since the minimum", ylim=(0, 100))
-    axes[0].set_ylabel("validation error (%)")
+        judged = select(runs, delay=delay, seed=seed).rename(columns={"index": "rate_index"})
+        _plot_delay(axis, mine, judged)
+        axis.set_title(f"τ = {delay}")
+        axis.set(xlabel="updates since the minimum", ylim=(-2, 100))
+    axes[0].set_ylabel("training error (%)")
     return figure
 
 
-def _plot_delay(axis: Any, rows: pd.DataFrame) -> None:
-    for rate, mine in rows.groupby("learning_rate"):
-        last = mine.iloc[-1]
-        ratio = last.learning_rate / last.lower
-        if not 0.5 < ratio < 2.5:
+def _plot_delay(axis: Any, rows: pd.DataFrame, runs: pd.DataFrame) -> None:
+    for run in runs.sort_values("learning_rate").itertuples():
+        ratio = run.learning_rate / run.predicted
+        if not 0.5 < ratio < 1.6:
             continue
+        mine = select(rows, index=run.rate_index)
+        colour = style.ORANGE if run.catapult else style.RED if run.left else style.BLUE
         axis.plot(
             mine.steps,
-            100 * mine.validation_error,
-            color=style.RED if last.left else style.BLUE,
-            linestyle="-" if last.left else "--",
-            marker="x" if last.left else None,
+            100 * mine.train_error,
+            color=colour,
+            linestyle="-" if run.left else "--",
+            marker="x" if run.left and not run.catapult else None,
             markevery=[len(mine) - 1],
             linewidth=1.3,
-            label=f"{rate:.3g} ({ratio:.2f} ×)",
+            label=f"{ratio:.2f}",
         )
-    axis.legend(fontsize=8, title="learning rate (× threshold)", title_fontsize=8)
+    axis.legend(fontsize=8, title="rate × sharpness / h*", title_fontsize=8)

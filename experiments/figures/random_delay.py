@@ -10,7 +10,6 @@ from asgd_jax.delays import DelayProcess
 from asgd_jax.stability.arguments import Criterion, Delay
 from asgd_jax.training.folder.table import Record
 from experiments import style
-from experiments.claims import Claim, at_most
 from experiments.figures import threshold_curves as curves
 
 MEAN, MEAN_SQUARE, CONSTANT = "mean", "mean square", "constant"
@@ -48,13 +47,6 @@ def random_delay_records(
         *(gain_record(MEAN_SQUARE, parameter, *member, "mean_square") for member in family),
         *(gain_record(CONSTANT, parameter, delay, delay) for delay in constant_delays),
     ]
-
-
-def stricter_claim(records: pd.DataFrame) -> Claim:
-    """The claim that E[x^2] diverges no later than E[x]."""
-    mean, square = (curves.column(records, s, "threshold") for s in (MEAN, MEAN_SQUARE))
-    ratio = max(second / first for first, second in zip(mean, square, strict=True))
-    return at_most("h* in mean square is never above h* in the mean, largest ratio", ratio, 1.0)
 
 
 def gains(records: pd.DataFrame, series: str, parameter: str, least: int) -> pd.Series:

@@ -13,6 +13,7 @@ from experiments.claims import deviation
 
 _TEN_CLASSES = 0.9  # error of a guess: of tables that are older than their column chance_error
 _ERRORS = ("validation_error", "train_error")
+NEXT_RATE = 1.42  # factor between rates that counts as next to each other: sqrt(2), rounded up
 
 
 class Band(NamedTuple):
@@ -127,6 +128,30 @@ def plot_curve(axis: Any, records: pd.DataFrame, epochs: Sequence[float], **look
     band = over_seeds(100 * by_seed(records, epochs, "validation_error"))
     (line,) = axis.plot(epochs, band.mean, **look)
     axis.fill_between(epochs, band.low, band.high, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def plot_seeds(
+    axis: Any, places: Sequence[float], values: Sequence[np.ndarray], **look: Any
+) -> None:
+    """Draws a line through means over seeds and each seed as a point: a band would hide two modes.
+
+    Args:
+      axis: to draw on.
+      places: where on the horizontal axis, shape (n,).
+      values: for each place, an array with a number for every seed.
+      **look: of the line.
+    """
+    (line,) = axis.plot(places, [each.mean() for each in values], **look)
+    for place, each in zip(places, values, strict=True):
+        axis.plot(
+            np.full(len(each), place),
+            each,
+            linestyle="",
+            marker="o",
+            markersize=3.5,
+            color=line.get_color(),
+            alpha=0.6,
+        )
 
 
 def plot_both_errors(

@@ -3,12 +3,15 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from asgd_jax import stability
 from asgd_jax.training import default_config
 from experiments.edges import minibatch
-from experiments.edges.minibatch import Start, find_edges, grid_rate, has_left, num_epochs
+from experiments.edges.judge import brackets, judge_runs
+from experiments.edges.leaving import first_left, has_left, left_for_good
+from experiments.edges.minibatch import Start, find_edges, grid_rate, num_epochs
 
 START = Start(params={}, loss=0.02, sharpness=5.0)
 
@@ -16,7 +19,14 @@ START = Start(params={}, loss=0.02, sharpness=5.0)
 def rows_of(point, left):
     losses = [0.5, 3.0] if left else [0.02, 0.02, 0.02]
     return [
-        {**point, "epoch": k + 1, "steps": 8 * (k + 1), "full_train_loss": loss, "diverged_at": -1}
+        {
+            **point,
+            "epoch": k + 1,
+            "steps": 8 * (k + 1),
+            "train_error": 0.0,
+            "full_train_loss": loss,
+            "diverged_at": -1,
+        }
         for k, loss in enumerate(losses)
     ]
 
@@ -54,6 +64,11 @@ def test_the_search_brackets_an_edge_wherever_it_is(monkeypatch, tmp_path, facto
             assert len(indices) < 20
     assert len(runs) == len({tuple(sorted(point.items())) for point in runs})
     assert {record["minimum_loss"] for record in records} == {START.loss}
+    edges = brackets(judge_runs(pd.DataFrame(records)))
+    assert list(zip(edges.delay, edges.seed, strict=True)) == [
+        (delay, seed) for delay in (1, 4, 32) for seed in (0, 1)
+    ]
+    assert edges.ratio.to_numpy() == pytest.approx(factor, rel=0.05)
 
 
 def test_a_minimum_that_is_none_is_refused(monkeypatch, tmp_path):
@@ -75,14 +90,51 @@ def test_every_run_has_time_for_twelve_e_folds(delay, steps_per_epoch):
     assert epochs % between == 0
 
 
-def test_left_is_two_measurements_in_a_row_or_divergence():
-    def rows(*losses, diverged_at=-1):
-        return [{"full_train_loss": loss, "diverged_at": diverged_at} for loss in losses]
+def measured(*rows, diverged_at=-1):
+    """Rows of (training error, loss)."""
+    names = ("train_error", "full_train_loss")
+    return [{**dict(zip(names, row, strict=True)), "diverged_at": diverged_at} for row in rows]
 
-    assert not has_left(rows(0.1, 5.0, 0.1, 5.0), 1.0)
-    assert has_left(rows(0.1, 5.0, 5.0, 0.1), 1.0)
-    assert has_left(rows(0.1, math.nan, math.nan), 1.0)
-    assert has_left(rows(0.1, diverged_at=7), 1.0)
+
+CALM, LEAPT, UPHILL = (0.0, 0.11), (0.3, 0.15), (0.0, 0.21)
+
+
+@pytest.mark.parametrize(
+    ("rows", "first"),
+    [
+        (measured(CALM, CALM), None),
+        (measured(CALM, (0.01, 0.2)), None),  # on both levels is not above them
+        (measured(CALM, LEAPT, CALM), 1),  # a catapult
+        (measured(CALM, CALM, UPHILL, CALM), 2),
+        (measured(CALM, (0.0, math.nan)), 1),
+        (measured(CALM, (math.nan, 0.1)), 1),
+        (measured(CALM, diverged_at=7), 0),
+    ],
+)
+def test_a_run_has_left_once_error_or_loss_was_above_its_level(rows, first):
+    assert first_left(rows, loss=0.1) == first
+    assert has_left(rows, loss=0.1) is (first is not None)
+
+
+def test_the_level_is_the_minimums_own():
+    assert first_left(measured((0.055, 0.1)), loss=0.1, error=0.05) is None
+    assert first_left(measured((0.065, 0.1)), loss=0.1, error=0.05) == 0
+
+
+def test_the_rule_before_missed_catapults():
+    assert not left_for_good(measured(CALM, LEAPT, CALM), 0.1)
+    assert not left_for_good(measured(CALM, (0.5, 5.0), CALM, (0.5, 5.0)), 0.1)
+    assert left_for_good(measured((0.5, 5.0), (0.5, 5.0), CALM), 0.1)
+    assert left_for_good(measured(CALM, diverged_at=7), 0.1)
+
+
+def test_an_edge_needs_a_run_on_each_side():
+    run = {"delay": 1, "seed": 0, "steps": 8, "minimum_loss": 0.1, "sharpness": 2.0}
+    records = pd.DataFrame(
+        [{**run, **measured(CALM)[0], "index": k, "learning_rate": 0.1 + k} for k in range(2)]
+    )
+    with pytest.raises(ValueError, match="delay 1, seed 0: no edge among 2 learning rates"):
+        brackets(judge_runs(records))
 
 
 def test_the_grid_has_eight_per_cent_steps_from_the_edge_of_s_sgd():
@@ -110,6 +162,7 @@ def test_a_minimum_is_trained_once_and_is_nobody_elses(tmp_path, monkeypatch):
     again = minibatch.reach_minimum(minimum_config(), tmp_path)
     assert (first.loss, first.sharpness) == pytest.approx((again.loss, again.sharpness), rel=1e-6)
     assert first.sharpness > 0
+    assert 0.0 < first.error < 1.0  # two epochs of a tiny network
     changes = {"learning_rate": 0.2, "epochs": 3, "seed": 1, "num_train": 64, "normalize": "half"}
     for field, value in changes.items():
         with pytest.raises(

@@ -13,7 +13,7 @@ import pytest
 
 from asgd_jax.training.command import Preempted
 from experiments import reproduce as driver
-from experiments.figures import fig06
+from experiments.figures import fig05, fig06
 from experiments.results_page import page
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,8 @@ def test_a_figure_writes_three_files_and_the_same_table_again(tmp_path):
     }
     assert summary["config"] == {"max_delay": 64, "stride": 8}
     assert all(
-        set(claim) == {"claim", "expected", "measured", "holds"} for claim in summary["claims"]
+        set(claim) == {"claim", "expected", "measured", "holds", "interval"}
+        for claim in summary["claims"]
     )
     assert [int(row["delay"]) for row in read_table(folder / "records.csv")] == [*range(0, 65, 8)]
     before = [(folder / name).read_bytes() for name in ("records.csv", "fig06.png")]
@@ -156,12 +157,19 @@ def test_the_script_reproduces(tmp_path):
     assert "fig08 has no records to draw" in nothing.stderr
 
 
-def test_a_page_names_what_does_not_hold():
+def test_a_page_names_what_does_not_hold_why_and_how_far_it_is():
     claim = {"claim": "c", "expected": "at most 1", "measured": None, "holds": False}
+    held = claim | {"measured": 0.5, "holds": True, "interval": [0.25, 0.75]}
+    config = importlib.import_module(driver.FIGURES["5"]).PRESETS["cpu"].to_dict()
     summary = {"caption": "k", "preset": "cpu", "wall_time_s": 60.0, "proxy": "a small one"}
-    text = page({"5": {**summary, "claims": [claim, claim | {"holds": True}]}})
+    text = page({"5": {**summary, "config": config, "claims": [claim, held]}})
     assert "| [5](fig05/summary.json) | k | 1 of 2 | cpu | a small one | 60 s |" in text
     assert "* figure 5: c: not a number, expected at most 1" in text
+    assert f"Why, we think: {fig05.WHY}" in text
+    assert "| 5 | c | at most 1 | 0.5 | 0.25 to 0.75 | yes |" in text
+    assert "cifar10, 5,000 images for imagenet2012, 1,281,167 images" in text
+    assert "15 epochs for 90 epochs" in text
+    assert "2 seeds for 1 seed" in text
     assert 'src="fig05/fig05.png"' in text
 
 

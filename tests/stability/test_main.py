@@ -176,3 +176,21 @@ def test_as_a_program():
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_curvature_noise(capsys):
+    line = "--delay 7 --momentum 0.9 --sharpness 2 --learning-rate 0.1 --curvature-noise 0.5"
+    answer = ask(capsys, line)
+    noisy = {"criterion": "mean_square", "curvature_noise": 0.5}
+    for row in answer["methods"]:
+        method = {name: row[name] for name in ("momentum", "kind", "dampening")}
+        square = stability.max_learning_rate(7, sharpness=2, **noisy, **method)
+        assert row["max_learning_rate_mean_square"] == square < row["max_learning_rate"]
+        time = stability.growth_time(7, step=0.2, **noisy, **method)
+        assert (row["growth_time"] or float("inf")) == time
+        assert "max_constant_delay" not in row
+    text = tell(capsys, line + " --baseline-learning-rate 0.4")
+    assert "in mean square" in text
+    with pytest.raises(SystemExit):
+        main(["--workers", "4", "--schedule", "random", "--curvature-noise", "1"])
+    assert "--curvature-noise takes no simulated workers" in capsys.readouterr().err

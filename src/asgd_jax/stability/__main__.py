@@ -27,6 +27,43 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_delay(parser)
+    parser.add_argument(
+        "--momentum", type=float, help=f"in [0, 1); {_DEFAULT_MOMENTUM} to compare, if absent"
+    )
+    parser.add_argument(
+        "--kind", choices=KINDS, default="heavy_ball", help="of your momentum (default heavy_ball)"
+    )
+    parser.add_argument(
+        "--no-dampening",
+        action="store_true",
+        help="your momentum adds the whole gradient, as torch and optax do by default",
+    )
+    parser.add_argument("--sharpness", type=float, help="largest eigenvalue of the Hessian")
+    parser.add_argument(
+        "--learning-rate", type=float, help="yours: is it stable, up to which delay"
+    )
+    parser.add_argument(
+        "--baseline-learning-rate",
+        type=float,
+        help="one that works without delay: print what eq. 8 makes of it; without --sharpness, "
+        "assume the sharpest minimum that it keeps stable",
+    )
+    parser.add_argument(
+        "--curvature-noise",
+        type=float,
+        default=0.0,
+        metavar="C",
+        help="variance over mean squared of the curvature that one update's batch sees: that of "
+        "single samples over the batch size (default 0, the full batch)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw 1/h* against the delay")
+    return parser
+
+
+def _add_delay(parser: argparse.ArgumentParser) -> None:
+    """The options that say what the delay is."""
     group = parser.add_argument_group("delay (one of these)").add_mutually_exclusive_group(
         required=True
     )
@@ -51,30 +88,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--updates", type=int, default=50_000, help="simulated with --workers (default 50000)"
     )
-    parser.add_argument(
-        "--momentum", type=float, help=f"in [0, 1); {_DEFAULT_MOMENTUM} to compare, if absent"
-    )
-    parser.add_argument(
-        "--kind", choices=KINDS, default="heavy_ball", help="of your momentum (default heavy_ball)"
-    )
-    parser.add_argument(
-        "--no-dampening",
-        action="store_true",
-        help="your momentum adds the whole gradient, as torch and optax do by default",
-    )
-    parser.add_argument("--sharpness", type=float, help="largest eigenvalue of the Hessian")
-    parser.add_argument(
-        "--learning-rate", type=float, help="yours: is it stable, up to which delay"
-    )
-    parser.add_argument(
-        "--baseline-learning-rate",
-        type=float,
-        help="one that works without delay: print what eq. 8 makes of it; without --sharpness, "
-        "assume the sharpest minimum that it keeps stable",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw 1/h* against the delay")
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sharpness=options.sharpness,
             learning_rate=options.learning_rate,
             baseline=options.baseline_learning_rate,
+            curvature_noise=options.curvature_noise,
         )
         answered = answer(question)
         if options.plot is not None:

@@ -28,6 +28,7 @@ class Options(MethodOptions, total=False):
     """The method and what stability means, as `max_learning_rate` documents it."""
 
     criterion: Criterion
+    curvature_noise: float
 
 
 class Momentum(NamedTuple):
@@ -114,6 +115,26 @@ def positive(value: float, name: str) -> float:
     number = as_number(value, name)
     if not (math.isfinite(number) and number > 0.0):
         raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+    return number
+
+
+def as_curvature_noise(value: float, criterion: str) -> float:
+    """Returns the relative variance of the curvature as a float >= 0.
+
+    Raises:
+      ValueError: naming a negative one, or the criterion that does not see it.
+
+    >>> as_curvature_noise(0, "mean"), as_curvature_noise(0.5, "mean_square")
+    (0.0, 0.5)
+    """
+    number = as_number(value, "curvature_noise")
+    if not (math.isfinite(number) and number >= 0.0):
+        raise ValueError(f"curvature_noise must be a finite number >= 0, got {value!r}")
+    if number > 0.0 and criterion != "mean_square":
+        raise ValueError(
+            f"curvature_noise={value!r} does not change criterion={criterion!r}: "
+            "pass criterion='mean_square'"
+        )
     return number
 
 

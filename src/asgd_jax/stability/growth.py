@@ -11,8 +11,10 @@ from asgd_jax.stability.arguments import (
     Delay,
     MethodOptions,
     Options,
+    as_curvature_noise,
     as_delay,
     as_momentum,
+    as_pmf,
     as_step,
     choose,
 )
@@ -40,7 +42,7 @@ def spectral_radius(delay: Delay, *, step: float, **options: Unpack[Options]) ->
       step: h = learning rate x sharpness, >= 0.
       **options: momentum, kind and dampening, as in `max_learning_rate`; and criterion, "mean" for
         the growth of E[x], "mean_square" for that of the root mean square $\sqrt{E[x^2]}$. They
-        agree for a constant delay.
+        agree for a constant delay without curvature_noise, which is as in `max_learning_rate`.
 
     Returns:
       The factor, >= 0; above 1 the minimum is unstable.
@@ -83,18 +85,23 @@ def growth_time(delay: Delay, *, step: float, **options: Unpack[Options]) -> flo
 
 
 def _log_radius(
-    delay: Delay, step: float, criterion: Criterion = "mean", **method: Unpack[MethodOptions]
+    delay: Delay,
+    step: float,
+    criterion: Criterion = "mean",
+    curvature_noise: float = 0.0,
+    **method: Unpack[MethodOptions],
 ) -> float:
     """Logarithm of the spectral radius, accurate for the slow growth of large delays."""
     checked = as_momentum(**method)
     step = as_step(step)
     choose(criterion, CRITERIA, "criterion")
+    noise = as_curvature_noise(curvature_noise, criterion)
     where = as_delay(delay)
-    if isinstance(where, int):
+    if isinstance(where, int) and not noise:
         return dominant_exponent(where, step, checked).real
     if criterion == "mean_square":
-        return log_or_minus_inf(mean_square_radius(where, step, checked))
-    polynomial = build_polynomial(where, step, checked)
+        return log_or_minus_inf(mean_square_radius(as_pmf(where), step, checked, noise))
+    polynomial = build_polynomial(as_pmf(where), step, checked)
     if polynomial.size > _DENSE_DEGREE:
         return log_or_minus_inf(largest_modulus(polynomial))
     return log_or_minus_inf(float(abs(np.roots(polynomial)).max(initial=0.0)))

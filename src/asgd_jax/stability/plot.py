@@ -76,7 +76,7 @@ def _draw_method(axes: Any, name: str, delays: np.ndarray, answered: dict[str, A
     inverse = [1.0 / max_learning_rate(int(delay), **options) for delay in delays]
     label = name + (f", m = {options['momentum']:g}" if options["momentum"] else "")
     axes.plot(delays, inverse, label=label, **style)
-    if answered["staleness"] == "constant":
+    if answered["staleness"] == "constant" and not answered["curvature_noise"]:
         return
     row = next(row for row in answered["methods"] if row["name"] == name)
     rate = row.get("max_learning_rate_mean_square", row["max_learning_rate"])
@@ -85,8 +85,9 @@ def _draw_method(axes: Any, name: str, delays: np.ndarray, answered: dict[str, A
 
 
 def _decorate(axes: Any, answered: dict[str, Any]) -> None:
-    constant = answered["staleness"] == "constant"
-    label = "your delay" if constant else "your mean delay (circles: your delays)"
+    label = "your mean delay (circles: your delays)"
+    if answered["staleness"] == "constant":
+        label = "your delay" + (" (circles: with noise)" if answered["curvature_noise"] else "")
     axes.axvline(answered["mean_delay"], color="0.6", linewidth=1, label=label)
     if answered["learning_rate"] is not None:
         height = 1.0 / (answered["learning_rate"] * answered["sharpness"])

@@ -7,6 +7,7 @@ from asgd_jax.stability.arguments import (
     Delay,
     Kind,
     MethodOptions,
+    as_curvature_noise,
     as_delay,
     as_momentum,
     is_trace,
@@ -14,7 +15,11 @@ from asgd_jax.stability.arguments import (
 )
 from asgd_jax.stability.growth import growth_time
 from asgd_jax.stability.lyapunov import lyapunov_exponent, lyapunov_max_learning_rate
-from asgd_jax.stability.rules import mean_delay, rescale_learning_rate
+from asgd_jax.stability.rules import (
+    mean_delay,
+    rescale_learning_rate,
+    synchronous_max_learning_rate,
+)
 from asgd_jax.stability.thresholds import max_delay, max_learning_rate
 
 
@@ -28,6 +33,7 @@ class Question(NamedTuple):
       sharpness: of the minimum; None to take the sharpest that `baseline` keeps stable, or else 1.
       learning_rate: the one in use, or None.
       baseline: a learning rate that works without delay, or None.
+      curvature_noise: relative variance of the curvature that one update's batch sees.
     """
 
     delay: Delay
@@ -38,6 +44,7 @@ class Question(NamedTuple):
     sharpness: float | None = None
     learning_rate: float | None = None
     baseline: float | None = None
+    curvature_noise: float = 0.0
 
 
 # The names of the momentum methods, with kind and dampening.
@@ -79,11 +86,12 @@ def answer(question: Question) -> dict[str, Any]:
     for name in ("sharpness", "learning_rate", "baseline"):
         if getattr(question, name) is not None:
             positive(getattr(question, name), name)
+    noise = as_curvature_noise(question.curvature_noise, "mean_square")
     options = methods(question.momentum)
     used = next(name for name in options if as_momentum(**options[name]) == momentum)
     sharpness, source = question.sharpness, "given"
     if sharpness is None and question.baseline is not None:
-        sharpness = max_learning_rate(0, **options[used]) / question.baseline
+        sharpness = _synchronous(question, 1.0, options[used]) / question.baseline
         source = "the sharpest that the rate without delay keeps stable"
     elif sharpness is None:
         sharpness, source = 1.0, "not given: rates are learning rate x sharpness"
@@ -105,6 +113,7 @@ def answer(question: Question) -> dict[str, Any]:
         "momentum": question.momentum,
         "learning_rate": question.learning_rate,
         "baseline_learning_rate": question.baseline,
+        "curvature_noise": noise,
         "methods": list(rows.values()),
     }
     if question.baseline is not None:
@@ -112,7 +121,7 @@ def answer(question: Question) -> dict[str, Any]:
         # and for a trace it is slow to find again.
         row = rows[used]
         delayed = row.get("max_learning_rate_mean_square", row["max_learning_rate"])
-        undelayed = max_learning_rate(0, sharpness=sharpness, **options[used])
+        undelayed = _synchronous(question, sharpness, options[used])
         answered["rules"] = {
             "inverse": rescale_learning_rate(question.baseline, question.delay),
             "exact": question.baseline * delayed / undelayed,
@@ -120,32 +129,54 @@ def answer(question: Question) -> dict[str, Any]:
     return answered
 
 
+def _synchronous(question: Question, sharpness: float, options: MethodOptions) -> float:
+    """The largest stable rate of S-SGD with the batch of all workers."""
+    return synchronous_max_learning_rate(
+        question.delay,
+        sharpness=sharpness,
+        criterion="mean_square",
+        curvature_noise=question.curvature_noise,
+        **options,
+    )
+
+
 def _row(question: Question, sort: str, sharpness: float, options: MethodOptions) -> dict[str, Any]:
-    delay = question.delay
+    delay, noise = question.delay, question.curvature_noise
     row: dict[str, Any] = {}
     if is_trace(delay):
+        if noise:
+            raise ValueError("--curvature-noise takes no simulated workers: give a distribution")
         estimate = lyapunov_max_learning_rate(delay, sharpness=sharpness, **options)
         row["max_learning_rate"], row["standard_error"] = estimate
     else:
         row["max_learning_rate"] = max_learning_rate(delay, sharpness=sharpness, **options)
-    if sort == "random":
+    if sort == "random" or noise:
         row["max_learning_rate_mean_square"] = max_learning_rate(
-            delay, sharpness=sharpness, criterion="mean_square", **options
+            delay,
+            sharpness=sharpness,
+            criterion="mean_square",
+            curvature_noise=noise,
+            **options,
         )
     if question.learning_rate is not None:
-        time = _growth_time(delay, question.learning_rate * sharpness, options)
+        time = _growth_time(question, question.learning_rate * sharpness, options)
         row["stable"] = math.isinf(time)
         row["growth_time"] = None if math.isinf(time) else time
+    if question.learning_rate is not None and not noise:  # whose largest delay is not known
         row["max_constant_delay"] = max_delay(
             question.learning_rate, sharpness=sharpness, **options
         )
     return row
 
 
-def _growth_time(delay: Delay, step: float, options: MethodOptions) -> float:
+def _growth_time(question: Question, step: float, options: MethodOptions) -> float:
     """Steps per e-fold: of the trajectory for a trace, of the root mean square otherwise."""
+    delay = question.delay
     if not is_trace(delay):
-        return growth_time(delay, step=step, criterion="mean_square", **options)
+        noise = question.curvature_noise
+        return growth_time(
+            delay, step=step, criterion="mean_square", curvature_noise=noise, **options
+        )
     exponent = lyapunov_exponent(delay, step=step, **options).value
     return 1.0 / exponent if exponent > 0.0 else math.inf
 
@@ -171,6 +202,9 @@ def render(answered: dict[str, Any]) -> str:
         head.append(("momentum", f"{answered['momentum']:g}"))
     if answered["staleness"] != "constant":
         head.append(("mean delay", f"{answered['mean_delay']:.5g} updates"))
+    if answered["curvature_noise"]:
+        noise = f"{answered['curvature_noise']:.5g} of the curvature squared, an update"
+        head.append(("noise", noise))
     width = max(len(name) for name, _ in head)
     lines = [f"{name:<{width}}  {text}" for name, text in head]
     return "\n".join([*lines, "", *_align(_columns(answered)), "", *_notes(answered)])
@@ -182,7 +216,7 @@ def _columns(answered: dict[str, Any]) -> list[list[str]]:
     names = [("* " if row["used"] else "  ") + row["name"] for row in rows]
     columns = [["", "", *names]]
     rates = [_number(row["max_learning_rate"]) for row in rows]
-    if answered["staleness"] == "random":
+    if "max_learning_rate_mean_square" in rows[0]:
         squares = [_number(row["max_learning_rate_mean_square"]) for row in rows]
         columns.append(["largest stable", "in mean square", *squares])
         columns.append(["(in the mean", "only)", *rates])
@@ -193,8 +227,9 @@ def _columns(answered: dict[str, Any]) -> list[list[str]]:
     if answered["learning_rate"] is not None:
         rate = f"{answered['learning_rate']:g}"
         times = ["stable" if row["stable"] else f"{row['growth_time']:,.3g}" for row in rows]
-        delays = [row["max_constant_delay"] for row in rows]
         columns.append(["steps per", f"e-fold at {rate}", *times])
+    if "max_constant_delay" in rows[0]:
+        delays = [row["max_constant_delay"] for row in rows]
         texts = ["none" if delay is None else f"{delay}" for delay in delays]
         columns.append(["largest constant", f"delay at {rate}", *texts])
     return columns
@@ -218,7 +253,7 @@ def _notes(answered: dict[str, Any]) -> list[str]:
             f"eq. 8, from {answered['baseline_learning_rate']:g} without delay: inverse "
             f"{_number(rules['inverse'])}, exact {_number(rules['exact'])}"
         )
-    if answered["staleness"] == "random":
+    if "max_learning_rate_mean_square" in answered["methods"][0]:
         notes.append("Act on the mean square: E[x] can settle while E[x^2] diverges.")
     if answered["staleness"] == "trace":
         notes.append("Monte-Carlo estimates from the growth of x along the simulated staleness.")

@@ -40,8 +40,9 @@ def rescale_learning_rate(
       learning_rate: $\eta_0 > 0$, of the synchronous run with the equivalent large batch.
       delay: int >= 0; or a mass function; or a DelayProcess.
       rule: one of the four.
-      **options: momentum, kind, dampening and criterion of the delayed run and of the synchronous
-        one, as in `max_learning_rate`; only `exact` uses them.
+      **options: momentum, kind, dampening, criterion and curvature_noise of the delayed run and of
+        the synchronous one, as in `max_learning_rate`; only `exact` uses them. The synchronous run
+        averages $1 + \tau$ batches an update, so its curvature noise is divided by that.
 
     Returns:
       The learning rate, a float.
@@ -57,11 +58,24 @@ def rescale_learning_rate(
     """
     learning_rate = positive(learning_rate, "learning_rate")
     choose(rule, RULES, "rule")
-    synchronous = max_learning_rate(0, **options)
+    synchronous = synchronous_max_learning_rate(delay, **options)
     if rule == "exact":
         return learning_rate * max_learning_rate(delay, **options) / synchronous
     tau = max(1.0, mean_delay(delay))
     return learning_rate / {"inverse": tau, "sqrt": math.sqrt(tau), "none": 1.0}[rule]
+
+
+def synchronous_max_learning_rate(
+    delay: Delay, *, sharpness: float = 1.0, **options: Unpack[Options]
+) -> float:
+    r"""The largest stable rate of the equivalent large batch: no delay, noise over $1 + \tau$.
+
+    >>> synchronous_max_learning_rate(3, criterion="mean_square", curvature_noise=1.0)
+    1.6
+    """
+    if options.get("curvature_noise"):
+        options["curvature_noise"] /= 1.0 + mean_delay(delay)
+    return max_learning_rate(0, sharpness=sharpness, **options)
 
 
 def mean_delay(delay: Delay) -> float:

@@ -2,9 +2,7 @@
 
 import csv
 import importlib
-import math
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from ml_collections import ConfigDict
+from scipy import stats
 
 from asgd_jax.training import default_config
 from asgd_jax.training.config import validate_config
@@ -142,22 +141,12 @@ def test_one_seed_is_drawn_without_a_band(figure):
     module.plot(records).canvas.draw()
 
 
-@pytest.mark.parametrize("module", [fig01, fig09])
-def test_bounds_of_two_deviations_divide_by_n_minus_one(module):
-    folder = module.__name__.rpartition(".")[2]
-    records = committed(folder)
-    if module is fig09:
-        arms = [fig05.errors_of(records, arm) for arm in (SHIFTED, NORMAL)]
-    else:
-        rates = set(records[records.delay > 0].learning_rate)
-        eq_8 = min(rates, key=lambda rate: abs(np.log(rate * 31 / 0.32)))
-        rows = (
-            training_runs.select(records, delay=0),
-            training_runs.select(records, delay=31, learning_rate=eq_8),
-        )
-        arms = [training_runs.final_errors(each, 6) for each in rows]
-    bound = 2 * math.hypot(*(statistics.stdev(arm) for arm in arms))
-    assert module.claims(records)[-1].expected == f"at most {bound:.6g}"
+def test_equivalence_of_delays_is_the_paired_test():
+    records = committed("fig09")
+    arms = [fig05.errors_of(records, arm) for arm in (NORMAL, SHIFTED)]
+    expected = stats.ttest_rel(*arms).confidence_interval(0.9)
+    (claim,) = fig09.claims(records)
+    assert claim.interval == pytest.approx(tuple(expected), rel=1e-9)
 
 
 def test_spikes_are_counted_by_the_stated_rule():

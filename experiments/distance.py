@@ -1,0 +1,76 @@
+"""How far what was run is from the paper's setting: read off the two configurations."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from asgd_jax.data import FACTS
+
+_NUMERIC = "numeric: thresholds, no training"
+
+
+def setting(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns a figure's configuration in words, by what they are about.
+
+    Args:
+      config: of a preset, as a summary holds it; that of its runs is in `train` or `start`.
+
+    >>> setting({"max_delay": 64})
+    {'sort': 'numeric: thresholds, no training'}
+    """
+    train = config.get("train", config.get("start"))
+    if train is None:
+        return _of_tracks(config) if "same_rate_data" in config else {"sort": _NUMERIC}
+    facts = FACTS[train["dataset"]]
+    images = train["num_train"] or facts.num_train
+    blocks = train["model_options"].get("stage_sizes")
+    found = {
+        "model": train["model"] if blocks is None else f"{train['model']} of {list(blocks)} blocks",
+        "width": f"width {train['width']:g}",
+        "data": f"{train['dataset']}, {images:,} images",
+        "epochs": f"{train['epochs']:g} epochs",
+        "batch": f"batch {config.get('worker_batch_size', train['worker_batch_size'])} a worker",
+        "workers": "" if "start" in config else f"{train['num_workers']} workers",
+        "smoothing": f"label smoothing {train['label_smoothing']:g}",
+        "delays": f"delays {_listed(config['delays'])}" if "delays" in config else "",
+        "seeds": f"{len(config['seeds'])} seed" + "s" * (len(config["seeds"]) > 1),
+    }
+    if not train["label_smoothing"]:
+        found["smoothing"] = ""
+    return {name: text for name, text in found.items() if text}
+
+
+def distance(ours: Mapping[str, Any], paper: Mapping[str, Any]) -> str:
+    """Returns what differs between two configurations, ours first.
+
+    >>> distance({"max_delay": 64}, {"max_delay": 64})
+    'none'
+    """
+    mine, theirs = setting(ours), setting(paper)
+    names = [*mine, *(name for name in theirs if name not in mine)]
+    changes = [
+        f"{mine.get(name, f'no {name}')} for {theirs.get(name, 'none')}"
+        for name in names
+        if mine.get(name) != theirs.get(name)
+    ]
+    return "; ".join(changes) or "none"
+
+
+def in_words(config: Mapping[str, Any]) -> str:
+    """Returns a setting as one line."""
+    return ", ".join(setting(config).values())
+
+
+def _of_tracks(config: Mapping[str, Any]) -> dict[str, str]:
+    """Of the edge of stability, which no figure of the paper shows."""
+    first, second = (tuple(config[name]) for name in ("same_rate_data", "data"))
+    return {
+        "data": f"{first[0]}, {first[1]:,} images, and {second[0]}, {second[1]:,} images",
+        "model": f"tanh networks {list(first[2])} and {list(second[2])}",
+        "time": f"time {config['same_rate_time']:g} and {config['time']:g}",
+        "delays": f"delays {_listed(config['rescaled_delays'])}",
+        "seeds": "1 seed",
+    }
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(str(value) for value in values)
