@@ -1,11 +1,14 @@
 """Sweeps: updates a second of all runs, by vmap and one by one; a grid against single processes."""
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +23,9 @@ from asgd_jax.training.sweep import (
 )
 from asgd_jax.training.sweep_program import compile_runs, make_whole_run, put_samples
 from benchmarks.harness import interleave, ratio, spread
+from benchmarks.report import num_cores
 from benchmarks.result import BenchOptions, Goal, Result, Table, TableRow, goal
-from benchmarks.workers import checkout
+from benchmarks.workers import Worker, checkout, start
 from configs.digits import get_config
 from experiments.claims import at_least, at_most
 
@@ -30,6 +34,9 @@ TITLE = "runs of a sweep together, one by one, and as processes of their own"
 _DELAY = 32
 _LEARNING_RATE = 1e-3  # small: no run diverges and ends before the others
 _BUDGET = 15.0  # seconds a case: on a busy machine there are fewer rounds
+
+
+_RESNET_8: dict[str, Any] = {"stage_sizes": (1, 1, 1), "width": 0.25}
 
 
 class Case(NamedTuple):
@@ -44,10 +51,12 @@ class Case(NamedTuple):
     rounds: int
 
 
+_AT_ONCE = (1, 2, 4, 8)
 CASES = (
-    Case("MLP 64-64-10", "mlp", {"hidden": (64,)}, 16, (1, 4, 8, 16), 1, 7),
-    Case("MLP 64-512-512-10", "mlp", {"hidden": (512, 512)}, 16, (1, 4, 16), 1, 5),
-    Case("digits CNN", "digits_cnn", {}, 16, (1, 8, 16), 1, 5),
+    Case("MLP 64-64-10", "mlp", {"hidden": (64,)}, 16, _AT_ONCE, 4, 7),
+    Case("MLP 64-512-512-10", "mlp", {"hidden": (512, 512)}, 16, _AT_ONCE, 1, 5),
+    Case("digits CNN", "digits_cnn", {}, 16, _AT_ONCE, 1, 5),
+    Case("ResNet-8, width 1/4", "resnet20", _RESNET_8, 16, _AT_ONCE, 1, 5),
 )
 QUICK_CASES = (Case("MLP 64-64-10", "mlp", {"hidden": (64,)}, 4, (1, 4), 1, 1),)
 
@@ -68,14 +77,17 @@ def _digits(**changes: Any) -> ConfigDict:
 def run(options: BenchOptions) -> Result:
     """Measures both; see the module."""
     rows, goals = list[TableRow](), list[Goal]()
-    for case in QUICK_CASES if options.quick else CASES:
-        case_rows, case_goal = measure_case(case, 256 if options.quick else None)
+    for number in range(len(QUICK_CASES if options.quick else CASES)):
+        case_rows, case_goal = measure_case(number, options.quick)
         rows += case_rows
         goals.append(case_goal)
     tables = [Table("runs x updates a second on digits, delay 32, batch 8", rows)]
     notes = [
         "At once: runs of one vmap, the others following in lax.map; 1 is one by one. Compilation "
         "is not in these times. The default is the sweep's own choice.",
+        "A device a core: one process with as many CPU devices as cores (XLA_FLAGS="
+        "--xla_force_host_platform_device_count), over which a sweep divides its runs. A process a "
+        "core: as many sweeps, each of its share of the runs and kept to a core of its own.",
     ]
     if not options.quick:
         grid_row, grid_goal = measure_grid()
@@ -99,7 +111,9 @@ class Block(NamedTuple):
     default_at_once: int
 
 
-def make_block(case: Case, runs: int, at_once: int, num_train: int | None = None) -> Block:
+def make_block(
+    case: Case, runs: int, at_once: int, num_train: int | None = None, num_devices: int = 1
+) -> Block:
     """Compiles `runs` runs of a case, `at_once` of them in a vmap, as a sweep would."""
     config = _config(case, num_train)
     points = [config.copy_and_resolve_references() for _ in range(runs)]
@@ -109,7 +123,7 @@ def make_block(case: Case, runs: int, at_once: int, num_train: int | None = None
     (group,) = group_runs(points, range(runs), dataset, at_once, False)
     samples = put_samples(dataset, config.eval_batch_size, full_train=False)
     values = stack_values(group, float("inf"))
-    jitted: Any = compile_runs(make_whole_run(group.shared), at_once, 1)
+    jitted: Any = compile_runs(make_whole_run(group.shared), at_once, num_devices)
     program = jitted.lower(values, samples, None).compile()
     analysis = program.memory_analysis()
     return Block(
@@ -129,37 +143,74 @@ def _config(case: Case, num_train: int | None = None) -> ConfigDict:
     return config
 
 
-def measure_case(case: Case, num_train: int | None = None) -> tuple[list[TableRow], Goal]:
-    """Times every number of runs at once in turns; returns the rows, and the goal of the default.
+_ONE = "one process"
 
-    The default is measured as the largest number of runs at once that it allows.
+
+def measure_case(number: int, quick: bool) -> tuple[list[TableRow], Goal]:
+    """Times every layout and number of runs at once in turns; returns the rows, and the goal.
+
+    The goal is of the default, the largest number of runs at once that it allows in one process.
     """
-    blocks = {
-        str(at_once): make_block(case, case.runs, at_once, num_train) for at_once in case.at_once
-    }
-    times = interleave(
-        {name: block.call for name, block in blocks.items()}, case.rounds, budget=_BUDGET
-    )
-    default = str(max(k for k in case.at_once if k <= blocks[str(case.at_once[0])].default_at_once))
+    case = (QUICK_CASES if quick else CASES)[number]
+    with ExitStack() as stack:
+        layouts = _start_layouts(stack, number, quick)
+        calls = {
+            (layout, at_once): partial(_ask_all, workers, at_once)
+            for layout, workers in layouts.items()
+            for at_once in case.at_once
+            if at_once * len(workers) <= case.runs
+        }
+        facts = layouts[_ONE][0].ask(at_once=1)
+        named = {f"{layout}, {at_once}": call for (layout, at_once), call in calls.items()}
+        times = interleave(named, case.rounds, budget=_BUDGET * len(layouts))
+    default = max(k for k in case.at_once if k <= facts["default"])
+    chosen, base = f"{_ONE}, {default}", f"{_ONE}, 1"
     fastest = min(times, key=lambda name: spread(times[name]).median)
     rows: list[TableRow] = [
         {
             "model": case.name,
+            "layout": layout,
             "runs": case.runs,
-            "at once": int(name),
-            "default": name == default,
-            "runs x updates/s": blocks[name].updates / spread(times[name]).median,
-            "speed / one by one": ratio(times, "1", name).median,
+            "at once": at_once,
+            "default": f"{layout}, {at_once}" == chosen,
+            "runs x updates/s": facts["updates"] / spread(times[f"{layout}, {at_once}"]).median,
+            "speed / one by one": ratio(times, base, f"{layout}, {at_once}").median,
         }
-        for name in blocks
+        for layout, at_once in calls
     ]
-    slower = ratio(times, default, fastest)
+    slower = ratio(times, chosen, fastest)
     claim = at_most(f"sweep of {case.name}: time of the default / the fastest", slower.median, 1.1)
     reason = (
-        f"{fastest} at once is the fastest, the default is {default}; quartiles "
+        f"{fastest} at once is the fastest, the default is {default} in one process; quartiles "
         f"{slower.low:.2f} to {slower.high:.2f}"
     )
     return rows, goal(claim, reason)
+
+
+def _start_layouts(stack: ExitStack, number: int, quick: bool) -> dict[str, list[Worker]]:
+    """Workers of one process; of a device a core; of a process a core, which share the runs."""
+    cores = num_cores()
+
+    def begin(**task: Any) -> Worker:
+        words = json.dumps({"number": number, "quick": quick, "shares": 1, "core": None} | task)
+        devices = f"--xla_force_host_platform_device_count={task['devices']}"
+        environment = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {devices}"}
+        return stack.enter_context(start("sweep_worker", words, environment=environment))
+
+    layouts = {_ONE: [begin(devices=1)]}
+    if cores > 1:
+        layouts["a device a core"] = [begin(devices=cores)]
+        layouts["a process a core"] = [
+            begin(devices=1, shares=cores, core=core) for core in range(cores)
+        ]
+    return layouts
+
+
+def _ask_all(workers: list[Worker], at_once: int) -> None:
+    for worker in workers:
+        worker.send(at_once=at_once)
+    for worker in workers:
+        worker.read()
 
 
 def measure_growth(counts: Sequence[int]) -> list[TableRow]:

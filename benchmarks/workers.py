@@ -21,18 +21,22 @@ class Worker(NamedTuple):
     name: str
     process: subprocess.Popen[str]
 
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Returns the reply to a request.
-
-        Raises:
-          ValueError: when the process ends instead; it has the last line that this one wrote.
-        """
+    def send(self, **request: Any) -> None:
+        """Sends a request and does not wait; `read` returns the reply."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # it has ended; what it wrote says why
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Returns the reply to a request.
+
+        Raises:
+          ValueError: when the process ends instead; it has the last line that this one wrote.
+        """
+        self.send(**request)
         return self.read()
 
     def read(self) -> dict[str, Any]:
@@ -103,14 +107,14 @@ def serve(answer: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
         print(json.dumps(answer(json.loads(line))), flush=True)
 
 
-def use_cores(count: int) -> int:
+def use_cores(count: int, first: int = 0) -> int:
     """Keeps this process to so many of its cores, where the system can; returns their number.
 
     To be called before a library has counted them for its threads.
     """
     if not hasattr(os, "sched_setaffinity"):
         return count
-    cores = sorted(os.sched_getaffinity(0))[:count]
+    cores = sorted(os.sched_getaffinity(0))[first : first + count]
     os.sched_setaffinity(0, cores)
     return len(cores)
 
