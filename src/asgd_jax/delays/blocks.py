@@ -5,16 +5,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from asgd_jax.delays.processes import check_trace
+from asgd_jax.delays.processes import as_integer, check_trace
 
 
 class Blocks(NamedTuple):
-    """A staleness trace, cut; from `rounds_of`.
+    """A staleness trace, cut into blocks; see `rounds_of`.
 
     Attributes:
       trace: int32 array of shape (num_updates,), the staleness of each update.
       starts: int32 array of shape (num_blocks,), the first update of each block.
-      lengths: int32 array of shape (num_blocks,), its number of updates.
+      lengths: int32 array of shape (num_blocks,), the number of its updates.
     """
 
     trace: np.ndarray
@@ -23,7 +23,7 @@ class Blocks(NamedTuple):
 
     @property
     def longest(self) -> int:
-        """Updates of the longest block: what every block is padded to."""
+        """Updates of the longest block, to which all are padded."""
         return int(self.lengths.max())
 
     @property
@@ -32,13 +32,14 @@ class Blocks(NamedTuple):
         return float(self.lengths.mean())
 
     def updates(self, multiple: int = 1) -> np.ndarray:
-        """Returns the updates of every block, padded by its last one.
+        """Returns the updates of every block, its last one repeated where it is short.
 
         Args:
-          multiple: the padded length is a multiple of this, the number of devices.
+          multiple: the padded length is a multiple of it: the number of devices.
 
         Returns:
-          int32 array of shape (num_blocks, padded length).
+          int32 array of shape (num_blocks, padded length). It picks the batches of a round, where
+          update t takes batch t.
 
         >>> rounds_of([0, 1, 0, 1, 2]).updates(2)
         array([[0, 1, 1, 1],
@@ -49,45 +50,50 @@ class Blocks(NamedTuple):
         return (self.starts[:, None] + places).astype(np.int32)
 
 
-def rounds_of(trace: Sequence[int] | np.ndarray) -> Blocks:
+def rounds_of(trace: Sequence[int] | np.ndarray, longest: int | None = None) -> Blocks:
     r"""Cuts a recorded staleness trace into the longest blocks that can be computed at once.
 
-    The gradient of update $t$ is taken at version $t - \tau_t$. Those of updates $s, ..., e - 1$
-    are all known when update $s$ begins iff $t - \tau_t \le s$ for each; a block is cut where this
-    fails first, which makes the fewest blocks. A gradient without staleness begins one.
+    The gradient of update $t$ is taken at version $t - \tau_t$. Those of a block of updates are all
+    known when its first one, $s$, is due iff $t - \tau_t \le s$ for each of them. A block ends
+    where that fails first, which makes the fewest blocks; an update without staleness begins one.
 
-    For round robin every block has N updates. With N workers picked at random a block ends before a
-    worker's second push: about $\sqrt{\pi N / 2}$ updates (the birthday problem). Mean lengths for
-    8, 32 and 128 workers, from 20,000 updates of `simulate_workers` and of the processes:
+    Round robin has N updates a block. When each push comes from a random one of N workers, a block
+    ends before a worker's second push, after about $\sqrt{\pi N / 2}$ updates (the birthday
+    problem). `mean_length` over 20,000 updates, for three N:
 
     | schedule | 8 | 32 | 128 |
     |---|---|---|---|
-    | round robin | 8.0 | 32.0 | 128.0 |
-    | "normal", tau = N - 1 +- 0.23 N | MEASURE |
-    | "random", geometric | MEASURE |
-    | `discretized_normal(N - 1)`, of deviation 1 | MEASURE |
-    | `uniform(1, 2 N - 3)`, of mean N - 1 | MEASURE |
+    | round robin | 8 | 32 | 128 |
+    | `simulate_workers(N, ..., "normal")`, N - 1 +- 0.23 N | 6.9 | 23.4 | 78.4 |
+    | `discretized_normal(N - 1)`, of deviation 1 | 7.8 | 31.8 | 127.4 |
+    | `uniform(1, 2 N - 3)`, of mean N - 1 | 5.2 | 10.3 | 20.3 |
+    | `simulate_workers(N, ..., "random")`, geometric | 3.3 | 6.9 | 14.2 |
 
     Args:
-      trace: integers >= 0 of shape (num_updates,), as `from_trace` takes; like there it may repeat
-        when the run is longer, and so do the blocks.
+      trace: integers >= 0 of shape (num_updates,), as `from_trace` takes. As there it repeats when
+        the run is longer, and so do its blocks.
+      longest: no block is longer than this. All blocks are padded to the longest, so with far fewer
+        devices than that, the number of devices wastes less.
 
     Returns:
       `Blocks`, which `asgd_jax.rounds` takes in the place of a number of workers.
 
     Raises:
-      ValueError: as `from_trace` does.
+      ValueError: for a trace that `from_trace` refuses, or a `longest` below 1.
 
     >>> blocks = rounds_of([0, 1, 2, 2, 2, 2, 0, 1])
-    >>> blocks.starts, blocks.lengths, blocks.mean_length
-    (array([0, 3, 6], dtype=int32), array([3, 3, 2], dtype=int32), 2.6666666666666665)
+    >>> blocks.starts, blocks.lengths, round(blocks.mean_length, 2)
+    (array([0, 3, 6], dtype=int32), array([3, 3, 2], dtype=int32), 2.67)
     """
     staleness = check_trace(trace)
-    # Of an update before its trace's second pass: the versions that the ramp cuts off are old too.
-    versions = np.arange(staleness.size) - staleness
+    limit = staleness.size if longest is None else as_integer(longest, "longest")
+    if limit < 1:
+        raise ValueError("longest must be >= 1, got 0: a block has an update")
+    # Versions before the trace began are those of its last pass, or x_0: known in any case.
+    versions = np.arange(staleness.size) - staleness.astype(np.int64)
     starts = [0]
     for update, version in enumerate(versions.tolist()):
-        if version > starts[-1]:
+        if version > starts[-1] or update - starts[-1] == limit:
             starts.append(update)
     edges = np.array([*starts, staleness.size], np.int32)
     return Blocks(staleness, edges[:-1], np.diff(edges))

@@ -228,6 +228,7 @@ def from_trace(trace: Sequence[int] | np.ndarray, max_delay: int | None = None) 
             f"trace[{at}] is {largest}, beyond the history of max_delay={limit}: "
             f"pass max_delay={largest}"
         )
+
     def sample(key: jax.Array, step: jax.Array) -> jax.Array:
         return jnp.asarray(replay)[step % replay.size]
 

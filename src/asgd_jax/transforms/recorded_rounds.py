@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from asgd_jax.delays.blocks import Blocks
-from asgd_jax.transforms.history import PyTree, Ring, init_ring, read_slot, write_slot
+from asgd_jax.transforms.history import PyTree, Ring, check_ring, init_ring, read_slot, write_slot
 from asgd_jax.transforms.round_server import (
     Gradient,
     Rounds,
@@ -21,9 +21,7 @@ from asgd_jax.transforms.round_server import (
 from asgd_jax.transforms.worker_axis import Layout, piece_specs, place, stacked, whole_specs
 
 
-def recorded_rounds(
-    inner: optax.GradientTransformation, blocks: Blocks, layout: Layout
-) -> Rounds:
+def recorded_rounds(inner: optax.GradientTransformation, blocks: Blocks, layout: Layout) -> Rounds:
     """Returns the engine that makes a block of updates a round; see `rounds`."""
     updates = blocks.updates(layout.num_devices)
     num_blocks, num_batches = updates.shape
@@ -38,9 +36,13 @@ def recorded_rounds(
             inner, layout, params, lambda params, _: init_ring(params, depth), ring_specs
         )
 
-    def round_fn(
-        gradient: Gradient, state: RoundState, batches: PyTree
-    ) -> tuple[RoundState, Any]:
+    def round_fn(gradient: Gradient, state: RoundState, batches: PyTree) -> tuple[RoundState, Any]:
+        if not isinstance(state.pulled, Ring):
+            raise ValueError(
+                "the state of rounds of a recorded schedule has no ring of versions: it is the "
+                "state of a number of workers; make it by init(params)"
+            )
+        check_ring(state.pulled, depth, f"rounds(..., Blocks of depth {depth})", state.params)
         pieces = piece_specs(layout, state.params)
         state = place_server(layout, state)
         block = state.count % num_blocks

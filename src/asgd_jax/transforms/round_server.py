@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from asgd_jax.transforms.hand_down import hand_down
 from asgd_jax.transforms.history import PyTree, is_none
@@ -36,7 +36,7 @@ class RoundState(NamedTuple):
       inner_state: state of the wrapped optimizer, in pieces.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
     params: PyTree
     pulled: PyTree
     inner_state: optax.OptState
@@ -106,13 +106,16 @@ def init_state(
                 "rounds delays the gradients itself: give it the optimizer that is inside delayed"
             )
         pulled = pull(params, inner_state)
-        return RoundState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), pulled, inner_state)
+        return RoundState(
+            jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), pulled, inner_state
+        )
 
     if layout.mesh is None:
         return make(params)
     pieces = piece_specs(layout, params)
     inner_specs = state_specs(layout, jax.eval_shape(inner.init, params), params)
-    specs = RoundState(jax.sharding.PartitionSpec(), pieces, pulled_specs, inner_specs)
+    count: Any = PartitionSpec()
+    specs = RoundState(count, pieces, pulled_specs, inner_specs)
     params = jax.device_put(params, shardings(layout, pieces))
     made: RoundState = jax.jit(make, out_shardings=shardings(layout, specs))(params)
     return made

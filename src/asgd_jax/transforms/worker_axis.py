@@ -109,9 +109,12 @@ def state_specs(layout: Layout, state: PyTree, params: PyTree) -> PyTree:
     is a stack of them (a ring of buffers), along the same axis. All else is whole. (Paths, because
     `optax.tree.map_params` cannot read Muon's state, SM3's or L-BFGS's.)
 
-    >>> state_specs(make_layout(None, "workers", None), {'count': jnp.array(3), 'mu': jnp.ones(2)},
-    ...             jnp.ones(2))
-    {'count': PartitionSpec(), 'mu': PartitionSpec('workers',)}
+    >>> state_specs(
+    ...     make_layout(None, "workers", None),
+    ...     {"count": jnp.array(3), "mu": jnp.ones(2)},
+    ...     jnp.ones(2),
+    ... )
+    {'count': P(), 'mu': P('workers',)}
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     specs = jax.tree.leaves(piece_specs(layout, params), is_leaf=_is_spec)
@@ -121,10 +124,12 @@ def state_specs(layout: Layout, state: PyTree, params: PyTree) -> PyTree:
 
     def find(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         suffixes = (path[at:] for at in range(len(path) + 1))
-        shape, spec = next((known[end] for end in suffixes if end in known), (None, None))
-        if jnp.shape(leaf) == shape:
-            return spec
-        return PartitionSpec(None, *spec) if jnp.shape(leaf)[1:] == shape else PartitionSpec()
+        for shape, spec in (known[end] for end in suffixes if end in known):
+            if jnp.shape(leaf) == shape:
+                return spec
+            if jnp.shape(leaf)[1:] == shape:
+                return PartitionSpec(None, *spec)
+        return PartitionSpec()
 
     return jax.tree_util.tree_map_with_path(find, state)
 
@@ -133,14 +138,14 @@ def stacked(specs: PyTree, axis: str | None = None) -> PyTree:
     """Returns the specs of a stack of such trees, whose first axis lies over `axis`.
 
     >>> stacked(PartitionSpec("model"), "workers")
-    PartitionSpec('workers', 'model')
+    P('workers', 'model')
     """
     return jax.tree.map(lambda spec: PartitionSpec(axis, *spec), specs, is_leaf=_is_spec)
 
 
 def shardings(layout: Layout, specs: PyTree) -> PyTree:
     """Returns the specs as shardings on the mesh."""
-    return jax.tree.map(lambda spec: NamedSharding(layout.mesh, spec), specs, is_leaf=_is_spec)
+    return jax.tree.map(lambda spec: NamedSharding(_mesh_of(layout), spec), specs, is_leaf=_is_spec)
 
 
 def place(layout: Layout, tree: PyTree, specs: PyTree) -> PyTree:
@@ -151,7 +156,7 @@ def place(layout: Layout, tree: PyTree, specs: PyTree) -> PyTree:
     def put(spec: PartitionSpec, leaf: Any) -> Any:
         if leaf is None or leaf.dtype == jax.dtypes.float0:
             return leaf
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(layout.mesh, spec))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(_mesh_of(layout), spec))
 
     return jax.tree.map(put, specs, tree, is_leaf=_is_spec)
 
@@ -219,6 +224,11 @@ def _length(stack: PyTree) -> int:
 def _reshape(tree: PyTree, num_axes: int, shape: tuple[int, ...]) -> PyTree:
     """Gives the first axes of every leaf another shape."""
     return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[num_axes:]), tree)
+
+
+def _mesh_of(layout: Layout) -> Mesh:
+    assert layout.mesh is not None, "a layout without a mesh has no shardings"
+    return layout.mesh
 
 
 def _is_spec(node: Any) -> bool:
