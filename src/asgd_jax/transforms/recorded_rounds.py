@@ -10,18 +10,20 @@ import optax
 from asgd_jax.delays.blocks import Blocks
 from asgd_jax.transforms.history import PyTree, Ring, check_ring, init_ring, read_slot, write_slot
 from asgd_jax.transforms.round_server import (
-    Gradient,
     Rounds,
     RoundState,
+    WorkerGradient,
     apply_gradient,
     gradients_of,
-    init_state,
+    init_rounds,
     place_server,
 )
-from asgd_jax.transforms.worker_axis import Layout, piece_specs, place, stacked, whole_specs
+from asgd_jax.transforms.worker_axis import WorkerLayout, piece_specs, place, stacked, whole_specs
 
 
-def recorded_rounds(inner: optax.GradientTransformation, blocks: Blocks, layout: Layout) -> Rounds:
+def recorded_rounds(
+    inner: optax.GradientTransformation, blocks: Blocks, layout: WorkerLayout
+) -> Rounds:
     """Returns the engine that makes a block of updates a round; see `rounds`."""
     updates = blocks.updates(layout.num_devices)
     num_blocks, num_batches = updates.shape
@@ -32,11 +34,13 @@ def recorded_rounds(inner: optax.GradientTransformation, blocks: Blocks, layout:
 
     def init_fn(params: PyTree) -> RoundState:
         ring_specs = Ring(stacked(piece_specs(layout, params)))
-        return init_state(
+        return init_rounds(
             inner, layout, params, lambda params, _: init_ring(params, depth), ring_specs
         )
 
-    def round_fn(gradient: Gradient, state: RoundState, batches: PyTree) -> tuple[RoundState, Any]:
+    def round_fn(
+        gradient: WorkerGradient, state: RoundState, batches: PyTree
+    ) -> tuple[RoundState, Any]:
         if not isinstance(state.pulled, Ring):
             raise ValueError(
                 "the state of rounds of a recorded schedule has no ring of versions: it is the "

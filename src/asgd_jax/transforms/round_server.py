@@ -12,7 +12,7 @@ from asgd_jax.transforms.hand_down import hand_down
 from asgd_jax.transforms.history import PyTree, is_none
 from asgd_jax.transforms.stale import has_history
 from asgd_jax.transforms.worker_axis import (
-    Layout,
+    WorkerLayout,
     each_worker,
     piece_specs,
     place,
@@ -20,7 +20,7 @@ from asgd_jax.transforms.worker_axis import (
     state_specs,
 )
 
-Gradient = Callable[[PyTree, PyTree], tuple[PyTree, Any]]
+WorkerGradient = Callable[[PyTree, PyTree], tuple[PyTree, Any]]
 Predict = Callable[[PyTree, optax.OptState, jax.Array], PyTree]
 
 
@@ -52,7 +52,7 @@ class Rounds(NamedTuple):
     """
 
     init: Callable[[PyTree], RoundState]
-    round: Callable[[Gradient, RoundState, PyTree], tuple[RoundState, Any]]
+    round: Callable[[WorkerGradient, RoundState, PyTree], tuple[RoundState, Any]]
     num_batches: int
 
 
@@ -77,9 +77,9 @@ def apply_gradient(
     return optax.apply_updates(params, updates), inner_state
 
 
-def init_state(
+def init_rounds(
     inner: optax.GradientTransformation,
-    layout: Layout,
+    layout: WorkerLayout,
     params: PyTree,
     pull: Callable[[PyTree, optax.OptState], PyTree],
     pulled_specs: PyTree,
@@ -121,7 +121,7 @@ def init_state(
     return made
 
 
-def place_server(layout: Layout, state: RoundState) -> RoundState:
+def place_server(layout: WorkerLayout, state: RoundState) -> RoundState:
     """The state with parameters and optimizer state in pieces."""
     return state._replace(
         params=place(layout, state.params, piece_specs(layout, state.params)),
@@ -132,7 +132,11 @@ def place_server(layout: Layout, state: RoundState) -> RoundState:
 
 
 def gradients_of(
-    layout: Layout, gradient: Gradient, pulled: PyTree, batches: PyTree, num_batches: int
+    layout: WorkerLayout,
+    gradient: WorkerGradient,
+    pulled: PyTree,
+    batches: PyTree,
+    num_batches: int,
 ) -> tuple[PyTree, Any]:
     """`each_worker`, of batches and gradients that are what they should be.
 
@@ -173,7 +177,7 @@ def _check_batches(batches: PyTree, num_batches: int) -> None:
         )
 
 
-def _check_params(layout: Layout, params: PyTree) -> None:
+def _check_params(layout: WorkerLayout, params: PyTree) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
         raise ValueError(

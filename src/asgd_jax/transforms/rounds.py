@@ -15,17 +15,17 @@ from asgd_jax.delays.processes import as_integer
 from asgd_jax.transforms.history import PyTree, Ring
 from asgd_jax.transforms.recorded_rounds import recorded_rounds
 from asgd_jax.transforms.round_server import (
-    Gradient,
     Predict,
     Rounds,
     RoundState,
+    WorkerGradient,
     apply_gradient,
     gradients_of,
-    init_state,
+    init_rounds,
     place_server,
 )
 from asgd_jax.transforms.worker_axis import (
-    Layout,
+    WorkerLayout,
     make_layout,
     piece_specs,
     place,
@@ -142,7 +142,7 @@ def _round_robin(
     inner: optax.GradientTransformation,
     num_workers: int,
     num_updates: int,
-    layout: Layout,
+    layout: WorkerLayout,
     predict: Predict | None,
 ) -> Rounds:
     """Rounds of `num_updates` updates, each of so many averaged gradients as there are workers."""
@@ -162,7 +162,7 @@ def _round_robin(
             return jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
 
         specs = stacked(whole_specs(layout, params), layout.axis)
-        return init_state(inner, layout, params, pull, specs)
+        return init_rounds(inner, layout, params, pull, specs)
 
     def update(server: Any, given: Any) -> tuple[Any, PyTree]:
         params, inner_state = server
@@ -172,7 +172,9 @@ def _round_robin(
         )
         return (params, inner_state), foresee(params, inner_state, num_updates - 1)
 
-    def round_fn(gradient: Gradient, state: RoundState, batches: PyTree) -> tuple[RoundState, Any]:
+    def round_fn(
+        gradient: WorkerGradient, state: RoundState, batches: PyTree
+    ) -> tuple[RoundState, Any]:
         _check_pulled(state, num_sets, num_workers)
         whole = stacked(whole_specs(layout, state.params), layout.axis)
         state = place_server(layout, state)
@@ -192,7 +194,7 @@ Update = Callable[[Any, Any], tuple[Any, PyTree]]
 
 
 def _scan_in_pieces(
-    layout: Layout,
+    layout: WorkerLayout,
     update: Update,
     server: Any,
     gradients: PyTree,
@@ -217,7 +219,7 @@ def _scan_in_pieces(
 
 
 def _scan_in_place(
-    layout: Layout,
+    layout: WorkerLayout,
     update: Update,
     server: Any,
     gradients: PyTree,

@@ -4,7 +4,7 @@ Two layouts of a stack of parameter sets (or gradients). *By worker*: the stack'
 the mesh's worker axis, every device holds whole sets. *In pieces*: every device holds its piece of
 every set, cut along one axis of each leaf. From one to the other is one all-to-all a leaf.
 
-Without a mesh (`Layout.mesh` None) everything here leaves arrays where they are.
+Without a mesh (`WorkerLayout.mesh` None) everything here leaves arrays where they are.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from asgd_jax.transforms.history import PyTree
 
 
-class Layout(NamedTuple):
+class WorkerLayout(NamedTuple):
     """Where things lie.
 
     Attributes:
@@ -45,7 +45,7 @@ class Layout(NamedTuple):
         return (jax.default_backend() if device is None else device.platform) == "cpu"
 
 
-def make_layout(mesh: Mesh | None, axis: str, specs: PyTree) -> Layout:
+def make_layout(mesh: Mesh | None, axis: str, specs: PyTree) -> WorkerLayout:
     """Returns the layout of a mesh.
 
     Raises:
@@ -55,7 +55,7 @@ def make_layout(mesh: Mesh | None, axis: str, specs: PyTree) -> Layout:
     1
     """
     if mesh is None:
-        return Layout(None, axis, PartitionSpec())
+        return WorkerLayout(None, axis, PartitionSpec())
     if axis not in mesh.axis_names:
         raise ValueError(
             f"axis={axis!r} is none of the mesh's axes {mesh.axis_names}: pass axis= the one that "
@@ -72,15 +72,15 @@ def make_layout(mesh: Mesh | None, axis: str, specs: PyTree) -> Layout:
     automatic = Mesh(
         mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names)
     )
-    return Layout(automatic, axis, specs)
+    return WorkerLayout(automatic, axis, specs)
 
 
-def whole_specs(layout: Layout, params: PyTree) -> PyTree:
+def whole_specs(layout: WorkerLayout, params: PyTree) -> PyTree:
     """Returns the `PartitionSpec` of every parameter, as a worker sees it."""
     return jax.tree.broadcast(layout.specs, params, is_leaf=_is_spec)
 
 
-def piece_specs(layout: Layout, params: PyTree) -> PyTree:
+def piece_specs(layout: WorkerLayout, params: PyTree) -> PyTree:
     """Returns the `PartitionSpec` of every parameter in pieces.
 
     The worker axis cuts a leaf's longest axis that it divides and that no other mesh axis has; a
@@ -102,7 +102,7 @@ def piece_specs(layout: Layout, params: PyTree) -> PyTree:
     return jax.tree.map(cut, whole_specs(layout, params), params, is_leaf=_is_spec)
 
 
-def state_specs(layout: Layout, state: PyTree, params: PyTree) -> PyTree:
+def state_specs(layout: WorkerLayout, state: PyTree, params: PyTree) -> PyTree:
     """Returns the `PartitionSpec` of every leaf of an optimizer's state.
 
     A leaf whose path ends in a parameter's, and that has its shape, is cut as the parameter is; so
@@ -143,12 +143,12 @@ def stacked(specs: PyTree, axis: str | None = None) -> PyTree:
     return jax.tree.map(lambda spec: PartitionSpec(axis, *spec), specs, is_leaf=_is_spec)
 
 
-def shardings(layout: Layout, specs: PyTree) -> PyTree:
+def shardings(layout: WorkerLayout, specs: PyTree) -> PyTree:
     """Returns the specs as shardings on the mesh."""
     return jax.tree.map(lambda spec: NamedSharding(_mesh_of(layout), spec), specs, is_leaf=_is_spec)
 
 
-def place(layout: Layout, tree: PyTree, specs: PyTree) -> PyTree:
+def place(layout: WorkerLayout, tree: PyTree, specs: PyTree) -> PyTree:
     """Has the compiler lay `tree`, which may have None for some leaves, as `specs` say."""
     if layout.mesh is None:
         return tree
@@ -162,7 +162,7 @@ def place(layout: Layout, tree: PyTree, specs: PyTree) -> PyTree:
 
 
 def each_worker(
-    layout: Layout,
+    layout: WorkerLayout,
     gradient: Callable[[PyTree, PyTree], tuple[PyTree, Any]],
     pulled: PyTree,
     batches: PyTree,
@@ -226,7 +226,7 @@ def _reshape(tree: PyTree, num_axes: int, shape: tuple[int, ...]) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[num_axes:]), tree)
 
 
-def _mesh_of(layout: Layout) -> Mesh:
+def _mesh_of(layout: WorkerLayout) -> Mesh:
     assert layout.mesh is not None, "a layout without a mesh has no shardings"
     return layout.mesh
 
