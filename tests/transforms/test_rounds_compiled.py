@@ -102,3 +102,17 @@ def test_the_gradient_s_own_axes_are_left_to_it():
     ]
     assert lines
     assert all("all-reduce" in line and "replica_groups=[4,2]<=[8]" in line for line in lines)
+
+
+@pytest.mark.parametrize("num_devices", [None, 2])
+def test_a_second_round_compiles_nothing(num_devices):
+    engine = asgd_jax.rounds(CASES["momentum"](1), 2, mesh=mesh_of(num_devices))
+    step = jax.jit(engine.round, static_argnums=0, donate_argnums=1)
+    state = engine.init({"even": jnp.ones((3, 2)), "odd": jnp.ones(3)})
+
+    def gradient(params, batch):
+        return jax.tree.map(lambda leaf: leaf * batch, params), None
+
+    for _ in range(3):
+        state, _ = step(gradient, state, np.ones(2, np.float32))
+    assert step._cache_size() == 1

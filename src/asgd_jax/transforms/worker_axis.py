@@ -77,7 +77,8 @@ def make_layout(mesh: Mesh | None, axis: str, specs: PyTree) -> WorkerLayout:
 
 def whole_specs(layout: WorkerLayout, params: PyTree) -> PyTree:
     """Returns the `PartitionSpec` of every parameter, as a worker sees it."""
-    return jax.tree.broadcast(layout.specs, params, is_leaf=_is_spec)
+    specs = jax.tree.broadcast(layout.specs, params, is_leaf=_is_spec)
+    return jax.tree.map(_tidy, specs, is_leaf=_is_spec)
 
 
 def piece_specs(layout: WorkerLayout, params: PyTree) -> PyTree:
@@ -97,7 +98,7 @@ def piece_specs(layout: WorkerLayout, params: PyTree) -> PyTree:
         ]
         if free:
             names[-max(free)[1]] = layout.axis
-        return PartitionSpec(*names)
+        return _tidy(names)
 
     return jax.tree.map(cut, whole_specs(layout, params), params, is_leaf=_is_spec)
 
@@ -233,6 +234,12 @@ def _mesh_of(layout: WorkerLayout) -> Mesh:
 
 def _is_spec(node: Any) -> bool:
     return isinstance(node, PartitionSpec)
+
+
+def _tidy(entries: Any) -> PartitionSpec:
+    """The spec without Nones at its end, as programs return it: another one is compiled again."""
+    used = [at for at, entry in enumerate(entries) if entry is not None]
+    return PartitionSpec(*entries[: used[-1] + 1 if used else 0])
 
 
 def _names(entries: Any) -> list[str]:
