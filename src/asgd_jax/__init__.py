@@ -5,29 +5,36 @@
 """
 
 from asgd_jax import curvature, delays, stability
-from asgd_jax.delays import DelayProcess
+from asgd_jax.delays import Blocks, DelayProcess
 from asgd_jax.transforms import (
     DelayedState,
     DelayGradientsState,
+    Rounds,
+    RoundState,
     ShiftedTraceState,
     delay_gradients,
     delayed,
     resize_history,
+    rounds,
     shifted_sgd,
     shifted_trace,
     stale_params,
 )
 
 __all__ = [
+    "Blocks",
     "DelayGradientsState",
     "DelayProcess",
     "DelayedState",
+    "RoundState",
+    "Rounds",
     "ShiftedTraceState",
     "curvature",
     "delay_gradients",
     "delayed",
     "delays",
     "resize_history",
+    "rounds",
     "shifted_sgd",
     "shifted_trace",
     "stability",

@@ -13,15 +13,21 @@ def simulate(
     staleness: Sequence[int],
     params: object,
     gradient: Callable[[object, int], object],
+    *,
+    tell: bool = False,
 ) -> list[object]:
-    """Returns [x_0, x_1, ...]: update t applies the gradient of batch t at x_{t - staleness[t]}."""
+    """Returns [x_0, x_1, ...]: update t applies the gradient of batch t at x_{t - staleness[t]}.
+
+    With `tell` the optimizer is told staleness= and stale_params=.
+    """
     trajectory = [params]
     state = inner.init(params)
     apply = _apply(inner.update)
     for step, age in enumerate(staleness):
         assert age <= step, "no gradient is older than the run"
         grads = gradient(trajectory[step - age], step)
-        new_params, state = apply(grads, state, trajectory[-1])
+        told = {"staleness": jnp.int32(age), "stale_params": trajectory[step - age]} if tell else {}
+        new_params, state = apply(grads, state, trajectory[-1], told)
         trajectory.append(new_params)
     return trajectory
 
@@ -30,8 +36,8 @@ def simulate(
 def _apply(update: Callable):
     """Jitted only because the oracle would otherwise take most of the suite's time."""
 
-    def apply(grads, state, params):
-        updates, state = update(grads, state, params)
+    def apply(grads, state, params, told):
+        updates, state = update(grads, state, params, **told)
         return optax.apply_updates(params, updates), state
 
     return jax.jit(apply)

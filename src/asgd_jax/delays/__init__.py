@@ -4,6 +4,7 @@ Imports nothing of this package. Start reading at `processes.py`, whose `DelayPr
 take; `workers.py` makes traces for it.
 """
 
+from asgd_jax.delays.blocks import Blocks, rounds_of
 from asgd_jax.delays.processes import (
     DelayProcess,
     as_integer,
@@ -18,6 +19,7 @@ from asgd_jax.delays.processes import (
 from asgd_jax.delays.workers import simulate_workers
 
 __all__ = [
+    "Blocks",
     "DelayProcess",
     "as_integer",
     "as_process",
@@ -25,6 +27,7 @@ __all__ = [
     "constant",
     "discretized_normal",
     "from_trace",
+    "rounds_of",
     "simulate_workers",
     "uniform",
     "validate_pmf",

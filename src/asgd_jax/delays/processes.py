@@ -181,6 +181,30 @@ def categorical(pmf: Any) -> DelayProcess:
     return DelayProcess(pmf.size - 1, pmf, sample)
 
 
+def check_trace(trace: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Returns recorded staleness as an int32 array of shape (num_updates,).
+
+    Raises:
+      ValueError: naming the entry that is negative, fractional or too large.
+
+    >>> check_trace([0, 1, 1])
+    array([0, 1, 1], dtype=int32)
+    """
+    values = np.asarray(trace)
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(f"trace must be a non-empty vector of integers, got shape {values.shape}")
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"trace must hold integers, got dtype {values.dtype}: round it first")
+    if values.min() < 0:
+        at = int(np.argmin(values))
+        raise ValueError(f"trace[{at}] is {values[at]}: staleness must be >= 0")
+    largest = int(values.max())
+    if largest > np.iinfo(np.int32).max:
+        at = int(np.argmax(values))
+        raise ValueError(f"trace[{at}] is {largest}: staleness must be below 2**31")
+    return values.astype(np.int32)
+
+
 def from_trace(trace: Sequence[int] | np.ndarray, max_delay: int | None = None) -> DelayProcess:
     """Replays recorded staleness: update `t` uses `trace[t % len(trace)]`.
 
@@ -195,26 +219,15 @@ def from_trace(trace: Sequence[int] | np.ndarray, max_delay: int | None = None) 
     >>> int(from_trace([0, 1, 1]).sample(None, 4))
     1
     """
-    values = np.asarray(trace)
-    if values.ndim != 1 or values.size == 0:
-        raise ValueError(f"trace must be a non-empty vector of integers, got shape {values.shape}")
-    if not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(f"trace must hold integers, got dtype {values.dtype}: round it first")
-    if values.min() < 0:
-        at = int(np.argmin(values))
-        raise ValueError(f"trace[{at}] is {values[at]}: staleness must be >= 0")
-    largest = int(values.max())
-    if largest > np.iinfo(np.int32).max:
-        at = int(np.argmax(values))
-        raise ValueError(f"trace[{at}] is {largest}: staleness must be below 2**31")
+    replay = check_trace(trace)
+    largest = int(replay.max())
     limit = largest if max_delay is None else as_integer(max_delay, "max_delay")
     if largest > limit:
-        at = int(np.argmax(values))
+        at = int(np.argmax(replay))
         raise ValueError(
             f"trace[{at}] is {largest}, beyond the history of max_delay={limit}: "
             f"pass max_delay={largest}"
         )
-    replay = values.astype(np.int32)
 
     def sample(key: jax.Array, step: jax.Array) -> jax.Array:
         return jnp.asarray(replay)[step % replay.size]

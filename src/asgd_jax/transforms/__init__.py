@@ -8,12 +8,16 @@ from asgd_jax.transforms.delay_gradients import DelayGradientsState, delay_gradi
 from asgd_jax.transforms.delayed import DelayedState, delayed
 from asgd_jax.transforms.momentum import ShiftedTraceState, shifted_sgd, shifted_trace
 from asgd_jax.transforms.resize import resize_history
+from asgd_jax.transforms.round_server import Rounds, RoundState
+from asgd_jax.transforms.rounds import rounds
 from asgd_jax.transforms.stale import has_history, stale_params
 from asgd_jax.transforms.update import delayed_sgd, momentum_of, update_params
 
 __all__ = [
     "DelayGradientsState",
     "DelayedState",
+    "RoundState",
+    "Rounds",
     "ShiftedTraceState",
     "delay_gradients",
     "delayed",
@@ -21,6 +25,7 @@ __all__ = [
     "has_history",
     "momentum_of",
     "resize_history",
+    "rounds",
     "shifted_sgd",
     "shifted_trace",
     "stale_params",
