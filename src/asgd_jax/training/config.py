@@ -181,15 +181,7 @@ def validate_config(config: ConfigDict) -> None:
     for field, known in _CHOICES.items():
         if config[field] not in known:
             raise ValueError(f"unknown {field}={config[field]!r}: use one of {', '.join(known)}")
-    if config.parallelism == "pmap" and config.shard_history:
-        raise ValueError("shard_history=True needs parallelism='jit': pmap keeps whole replicas")
-    if config.parallelism == "workers":
-        for field in ("shard_history", "history_dtype"):
-            if config[field]:
-                raise ValueError(
-                    f"{field}={config[field]!r} has no meaning for parallelism='workers', where "
-                    "each device has its part of every version: leave it out"
-                )
+    _refuse_parallelism(config)
     plan_batches(
         1 << 60,
         num_workers=config.num_workers,
@@ -239,6 +231,19 @@ def _refuse_unused(config: ConfigDict, defaults: ConfigDict) -> None:
                 f"{field}={config[field]!r} has no meaning for dataset={config.dataset!r}, which "
                 f"is {kind}: leave it at {defaults[field]!r}"
             )
+
+
+def _refuse_parallelism(config: ConfigDict) -> None:
+    """Refuses what the way of using the devices cannot do."""
+    if config.parallelism == "pmap" and config.shard_history:
+        raise ValueError("shard_history=True needs parallelism='jit': pmap keeps whole replicas")
+    if config.parallelism == "workers":
+        for field in ("shard_history", "history_dtype"):
+            if config[field]:
+                raise ValueError(
+                    f"{field}={config[field]!r} has no meaning for parallelism='workers', where "
+                    "each device has its part of every version: leave it out"
+                )
 
 
 def _number(

@@ -2,8 +2,8 @@
 
 A round takes the gradients of up to delay + 1 consecutive updates at once and then makes them
 (`transforms.recorded_rounds`). It ends early where a gradient needs a version that is not there
-yet, and *where a chunk of updates ends*: at a row of metrics.csv and at an epoch. So rows, checkpoints
-and evaluations are at the updates where the serial run has them; rounds are whole where
+yet, and *where a chunk of updates ends*: at a row of metrics.csv and at an epoch. So rows,
+checkpoints and evaluations are at the updates where the serial run has them; rounds are whole where
 `log_every_steps` is a multiple of delay + 1.
 """
 
@@ -221,7 +221,7 @@ def _push_stats(
 
 
 def round_sharding(state: TrainState, mesh: Mesh) -> PyTree:
-    """Returns the sharding of every leaf of a run's state: parameters, versions, optimizer in pieces.
+    """Returns the sharding of a run's state: parameters, versions and optimizer in pieces.
 
     Args:
       state: arrays or their shapes.
