@@ -21,6 +21,7 @@ def mnist_config(arm):
 
 @pytest.mark.realdata
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_eq_8_trains_and_a_larger_rate_diverges(tfds_data_dir, tmp_path):
     summary = train(mnist_config("asgd"), tmp_path / "eq8", progress=False)
     assert summary["learning_rate"] == pytest.approx(0.32 / 31)

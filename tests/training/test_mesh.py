@@ -74,6 +74,7 @@ def compiled_step(setup, batch):
     return step.lower(*arguments).compile(), arguments
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     "changes",
     [
