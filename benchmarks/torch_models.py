@@ -178,7 +178,7 @@ def _residual_block(build: Builder, channels_in: int, channels: int, stride: int
     return apply
 
 
-MODELS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], Model]] = {
+TORCH_MODELS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], Model]] = {
     "mlp": make_mlp,
     "mnist_cnn": make_lenet,
     "mnist_cnn_bn": make_batch_norm_cnn,
