@@ -13,7 +13,6 @@ from asgd_jax.transforms import delayed_sgd
 from experiments.figures import eos
 from experiments.sharpness_track import Sample, make_track
 
-
 # Thousands of steps: LLVM's time is well spent.
 pytestmark = pytest.mark.optimised
 
