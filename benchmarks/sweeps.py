@@ -138,7 +138,9 @@ def _config(case: Case, num_train: int | None = None) -> ConfigDict:
     config = _digits(
         delay=_DELAY, model=case.model, epochs=case.epochs, learning_rate=_LEARNING_RATE
     )
-    config.model_options = ConfigDict(case.model_options)
+    options = dict(case.model_options)
+    config.width = options.pop("width", 1.0)
+    config.model_options = ConfigDict(options)
     config.num_train = num_train
     return config
 
