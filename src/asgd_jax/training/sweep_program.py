@@ -208,7 +208,7 @@ def _measure(
 
 def _empty_curve(num_rows: int) -> Curve:
     numbers, counts = jnp.full(num_rows, jnp.nan), jnp.zeros(num_rows, jnp.int32)
-    return Curve(counts, *[numbers] * 6, counts + NOT_DIVERGED)
+    return Curve(counts, *(numbers,) * 6, counts + NOT_DIVERGED)
 
 
 def compile_runs(
