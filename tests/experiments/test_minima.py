@@ -9,6 +9,8 @@ import pytest
 from experiments.edges import minimum as minima
 from experiments.edges.fullbatch import bisect, measure_max_learning_rate
 
+pytestmark = pytest.mark.optimised
+
 TARGET = jnp.array([1.0, -2.0])
 
 
