@@ -33,10 +33,10 @@ from experiments.edges.minibatch import reach_minimum
 from experiments.figures.training_runs import run_points, select, with_arm, with_overrides
 
 DELAY = 31
-DAMPED, NONE, SHIFTED = "damped momentum", "no momentum", "shifted momentum"
-COLOURS = {DAMPED: style.RED, NONE: style.ORANGE, SHIFTED: style.BLUE}
+WITH_DAMPED, NONE, SHIFTED = "damped momentum", "no momentum", "shifted momentum"
+ARM_COLOURS = {WITH_DAMPED: style.RED, NONE: style.ORANGE, SHIFTED: style.BLUE}
 _METHODS: dict[str, dict[str, Any]] = {
-    DAMPED: {"momentum": 0.9, "kind": "heavy_ball"},
+    WITH_DAMPED: {"momentum": 0.9, "kind": "heavy_ball"},
     NONE: {"momentum": 0.0, "kind": "heavy_ball"},
     SHIFTED: {"momentum": 0.9, "kind": "shifted"},
 }
@@ -50,7 +50,7 @@ CALM = 0.005  # of training error: a run below it has come to a minimum ...
 SPIKE = 0.02  # ... and one that is then above this has left it
 LEVEL = 0.95  # of the Poisson intervals
 # Where the one arm is past its edge and the other is not.
-_ORDER = ((DAMPED, NONE, 0.045), (DAMPED, SHIFTED, 0.045), (NONE, SHIFTED, 0.06))
+_ORDER = ((WITH_DAMPED, NONE, 0.045), (WITH_DAMPED, SHIFTED, 0.045), (NONE, SHIFTED, 0.06))
 _BELOW = 0.9  # of an arm's edge: rates that are to give no spikes
 
 
@@ -99,13 +99,13 @@ def run(config: ConfigDict, work: Path) -> list[Record]:
     return [{**record, "sharpness": sharpness} for record in with_arm(records, _ARMS)]
 
 
-def count_spikes(errors: np.ndarray) -> tuple[int, int]:
+def count_crossings(errors: np.ndarray) -> tuple[int, int]:
     """Returns the spikes of a run, and its epochs at risk of one.
 
     A spike is an epoch of training error above 2 %, in a run that has been below .5 % since the
     spike before. At risk are the epochs after the first one below .5 %.
 
-    >>> count_spikes(np.array([0.5, 0.001, 0.03, 0.01, 0.03, 0.004, 0.9]))
+    >>> count_crossings(np.array([0.5, 0.001, 0.03, 0.01, 0.03, 0.004, 0.9]))
     (2, 5)
     """
     calm, spikes = False, 0
@@ -146,7 +146,7 @@ def spike_table(records: pd.DataFrame) -> pd.DataFrame:
     """Returns a row for every arm, rate and seed: its spikes, and thousands of updates at risk."""
     rows = []
     for (arm, rate, seed), mine in records.groupby(["arm", "learning_rate", "seed"]):
-        spikes, epochs = count_spikes(mine.full_train_error.to_numpy(float))
+        spikes, epochs = count_crossings(mine.full_train_error.to_numpy(float))
         thousands = epochs * float(mine.steps.iloc[0]) / mine.epoch.iloc[0] / 1000.0
         rows.append(
             {
@@ -226,7 +226,7 @@ def notes(records: pd.DataFrame) -> dict[str, Any]:
 def plot(axis: Any, records: pd.DataFrame) -> None:
     """Draws spikes per 1,000 updates against the learning rate, and each arm's edge."""
     table, edges = spike_table(records), predicted_edges(records)
-    for number, (arm, colour) in enumerate(COLOURS.items()):
+    for number, (arm, colour) in enumerate(ARM_COLOURS.items()):
         rates = np.sort(select(table, arm=arm).learning_rate.unique())
         found = [spike_rate(table, arm, float(rate)) for rate in rates]
         bars = [[f.value - f.low for f in found], [f.high - f.value for f in found]]

@@ -163,7 +163,7 @@ def test_spikes_are_counted_by_the_stated_rule():
 def spiky(arms):
     """A table of fig. 11 (a): calm runs of 400 epochs, with so many spikes a run of an arm."""
     rows = []
-    for arm in spikes.COLOURS:
+    for arm in spikes.ARM_COLOURS:
         for rate in (0.03, 0.045, 0.06):
             for seed in range(5):
                 error = np.full(400, 0.001)
@@ -177,8 +177,8 @@ def spiky(arms):
 
 
 AS_PREDICTED = {
-    (spikes.DAMPED, 0.045): 3,
-    (spikes.DAMPED, 0.06): 6,
+    (spikes.WITH_DAMPED, 0.045): 3,
+    (spikes.WITH_DAMPED, 0.06): 6,
     (spikes.NONE, 0.06): 3,
 }
 
@@ -199,7 +199,7 @@ def test_the_order_of_arms_is_that_of_poisson_intervals():
         ({(spikes.NONE, 0.045): 3}, [0]),
         ({(spikes.SHIFTED, 0.045): 3}, [1, 3]),
         ({(spikes.SHIFTED, 0.06): 3}, [2]),
-        ({(spikes.DAMPED, 0.03): 1}, [3]),
+        ({(spikes.WITH_DAMPED, 0.03): 1}, [3]),
     ],
 )
 def test_every_claim_on_spikes_can_fail(change, failing):
@@ -208,6 +208,6 @@ def test_every_claim_on_spikes_can_fail(change, failing):
 
 
 def test_a_run_that_never_settles_is_at_no_risk():
-    assert spikes.count_spikes(np.full(10, 0.3)) == (0, 0)
+    assert spikes.count_crossings(np.full(10, 0.3)) == (0, 0)
     assert np.isnan(spikes.poisson_rate(0, 0.0)).all()
-    assert spikes.count_spikes(np.array([0.001, np.nan, np.nan])) == (1, 2)
+    assert spikes.count_crossings(np.array([0.001, np.nan, np.nan])) == (1, 2)
