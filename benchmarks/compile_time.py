@@ -34,7 +34,7 @@ COMPILED: dict[str, dict[str, Any]] = {
     "resnet44": {"dataset": "cifar10"},
     "resnet50": {"dataset": "imagenet2012", "image_size": 64, "width": 0.25},
 }
-_START_COLD, _START_WARM = 10.0, 5.0
+_START_COLD, _START_WARM = 10.0, 2.0
 _START_SECONDS = 120.0
 _POLL_SECONDS = 0.01
 

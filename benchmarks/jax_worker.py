@@ -20,7 +20,7 @@ from asgd_jax.data.normalize import normalize_with
 from asgd_jax.training.chunk import make_run_chunk
 from asgd_jax.training.command import use_threaded_convolutions
 from asgd_jax.training.state import init_state
-from asgd_jax.training.step import make_train_step
+from asgd_jax.training.step import cross_entropy, make_train_step
 from benchmarks.workers import serve, serve_epochs, use_cores
 
 
@@ -69,7 +69,6 @@ def count_flops(task: dict[str, Any], image_shape: tuple[int, ...]) -> float:
     Counted on `lax.conv`: patches and padding are a way of computing, not the work to be done.
     """
     options = {"num_classes": 10, "conv_impl": "lax", **task["model_options"]}
-    options.pop("conv_impl") if task["model"] == "mlp" else None
     model = models.create(task["model"], **options)
     images = jax.ShapeDtypeStruct((task["batch_size"], *image_shape), "float32")
     labels = jax.ShapeDtypeStruct((task["batch_size"],), "int32")
@@ -77,7 +76,7 @@ def count_flops(task: dict[str, Any], image_shape: tuple[int, ...]) -> float:
 
     def loss(params: Any, stats: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         logits, _ = model.apply({"params": params, **stats}, x, train=True, mutable=["batch_stats"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        return cross_entropy(logits, y).mean()
 
     stats = {name: value for name, value in variables.items() if name != "params"}
     lowered = jax.jit(jax.grad(loss)).lower(variables["params"], stats, images, labels)

@@ -79,7 +79,7 @@ def run(options: BenchOptions) -> Result:
     version = torch_version(options.torch_python)
     rows, goals, peaks = list[TableRow](), list[Goal](), list[TableRow]()
     for cores in sorted({1, num_cores()}):
-        peak = measure_peak(cores)
+        peak = ask_for_peak(cores)
         peaks.append({"cores": cores, "GFLOP/s": peak / 1e9})
         for case in QUICK_CASES if options.quick else CASES:
             times, losses = time_both(case, options.torch_python, cores)
@@ -105,7 +105,7 @@ def run(options: BenchOptions) -> Result:
     return Result(tables, goals, notes)
 
 
-def measure_peak(cores: int) -> float:
+def ask_for_peak(cores: int) -> float:
     """Returns the operations a second of a large matrix product on so many cores."""
     with start("jax_worker", json.dumps({"cores": cores}), environment=MALLOC) as worker:
         return float(worker.ask()["peak"])

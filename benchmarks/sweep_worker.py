@@ -23,7 +23,7 @@ def answer_with(task: dict[str, Any]) -> Any:
     def answer(request: dict[str, Any]) -> dict[str, int]:
         at_once = request["at_once"]
         if at_once not in blocks:
-            num_train = 256 if task["quick"] else None
+            num_train = 256 if task["quick"] else case.num_train
             runs = case.runs // task["shares"]
             blocks[at_once] = make_block(case, runs, at_once, num_train, task["devices"])
         block = blocks[at_once]

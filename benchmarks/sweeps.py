@@ -49,6 +49,7 @@ class Case(NamedTuple):
     at_once: tuple[int, ...]
     epochs: int
     rounds: int
+    num_train: int | None = None
 
 
 _AT_ONCE = (1, 2, 4, 8)
@@ -56,7 +57,7 @@ CASES = (
     Case("MLP 64-64-10", "mlp", {"hidden": (64,)}, 16, _AT_ONCE, 4, 7),
     Case("MLP 64-512-512-10", "mlp", {"hidden": (512, 512)}, 16, _AT_ONCE, 1, 5),
     Case("digits CNN", "digits_cnn", {}, 16, _AT_ONCE, 1, 5),
-    Case("ResNet-8, width 1/4", "resnet20", _RESNET_8, 16, _AT_ONCE, 1, 5),
+    Case("ResNet-8, width 1/4", "resnet20", _RESNET_8, 8, (1, 2, 4), 1, 3, num_train=33 * 8),
 )
 QUICK_CASES = (Case("MLP 64-64-10", "mlp", {"hidden": (64,)}, 4, (1, 4), 1, 1),)
 
@@ -138,7 +139,9 @@ def _config(case: Case, num_train: int | None = None) -> ConfigDict:
     config = _digits(
         delay=_DELAY, model=case.model, epochs=case.epochs, learning_rate=_LEARNING_RATE
     )
-    config.model_options = ConfigDict(case.model_options)
+    options = dict(case.model_options)
+    config.width = options.pop("width", 1.0)
+    config.model_options = ConfigDict(options)
     config.num_train = num_train
     return config
 

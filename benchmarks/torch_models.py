@@ -70,14 +70,21 @@ class Builder:
 
     def model(self, layers: list[Layer]) -> Model:
         """The layers one after the other."""
+        chain = _in_order(layers)
 
         def logits(params: list[Tensor], x: Tensor) -> Tensor:
-            take = iter(params).__next__
-            for layer in layers:
-                x = layer(take, x)
-            return x
+            return chain(iter(params).__next__, x)
 
         return Model(self.params, logits)
+
+
+def _in_order(layers: list[Layer]) -> Layer:
+    def apply(take: Callable[[], Tensor], x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(take, x)
+        return x
+
+    return apply
 
 
 def _plain(function: Callable[[Tensor], Tensor]) -> Layer:
@@ -167,18 +174,16 @@ def _residual_block(build: Builder, channels_in: int, channels: int, stride: int
         shortcut += [build.conv(channels_in, channels, 1, stride=stride, bias=False)]
         shortcut += [build.norm(channels)]
 
+    residual, identity = _in_order(first), _in_order(shortcut)
+
     def apply(take: Callable[[], Tensor], x: Tensor) -> Tensor:
-        y = x
-        for layer in first:
-            y = layer(take, y)
-        for layer in shortcut:
-            x = layer(take, x)
-        return functional.relu(x + y)
+        y = residual(take, x)  # whose parameters come first
+        return functional.relu(identity(take, x) + y)
 
     return apply
 
 
-MODELS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], Model]] = {
+TORCH_MODELS: dict[str, Callable[[tuple[int, ...], dict[str, Any]], Model]] = {
     "mlp": make_mlp,
     "mnist_cnn": make_lenet,
     "mnist_cnn_bn": make_batch_norm_cnn,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.torch_models import MODELS, Tensor, functional, torch
+from benchmarks.torch_models import TORCH_MODELS, Tensor, functional, torch
 from benchmarks.workers import serve_epochs, use_cores
 
 
@@ -23,7 +23,7 @@ def make_eager_epochs(task: dict[str, Any]) -> Callable[[int], float]:
     with np.load(task["arrays"]) as arrays:
         images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2).contiguous()
         labels = torch.from_numpy(arrays["labels"]).long()
-    server, logits = MODELS[task["model"]](tuple(images.shape[1:]), task["model_options"])
+    server, logits = TORCH_MODELS[task["model"]](tuple(images.shape[1:]), task["model_options"])
     if task["channels_last"]:
         images = images.contiguous(memory_format=torch.channels_last)
         server = [_channels_last(tensor) for tensor in server]

@@ -125,6 +125,9 @@ def _plain(value: Any) -> Any:
 def _configured(config: Mapping[str, Any], records: pd.DataFrame) -> Iterator[str]:
     """Whether the records are of the seeds, delays and number of epochs that were asked for."""
     rows = records[records.series == "mini-batch"] if "start" in config else records
+    if "digits" in config and "panel" in rows:  # fig. 11's (a), a configuration within another
+        yield from _configured(config["digits"], rows[rows.panel == "a"])
+        rows = records = rows[rows.panel == "b"]
     for name, column in (("seeds", "seed"), ("delays", "delay")):
         if name in config and column in rows:
             asked, found = set(config[name]), set(rows[column].unique().tolist())

@@ -170,8 +170,8 @@ def judgement(module: Any, table: pd.DataFrame) -> dict[str, Any]:
     It is a function of the records alone: `experiments.audit` computes it again.
     """
     found: dict[str, Any] = {"claims": [claim._asdict() for claim in module.claims(table)]}
-    if hasattr(module, "notes"):
-        found["notes"] = module.notes(table)
+    if hasattr(module, "notes") and (notes := module.notes(table)):
+        found["notes"] = notes
     return found
 
 

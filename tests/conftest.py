@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 
 from pathlib import Path
+from typing import Any
 
 # Programs that scripts compile in tests are kept for the next test, out of the user's own cache.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "xdg")
@@ -15,6 +16,15 @@ os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" /
 import hypothesis
 import jax
 import pytest
+from jax._src import compiler  # options of every program at once have no public name
+
+# What tests compile is kept there too, for the other workers and the next run; not by the
+# environment, because scripts choose a cache for themselves.
+jax.config.update(
+    "jax_compilation_cache_dir", os.path.join(os.environ["XDG_CACHE_HOME"], "asgd_jax", "compiled")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # No assertion on time: a loaded machine is no failure.
 hypothesis.settings.register_profile(
@@ -23,6 +33,30 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 STRICT_FOLDERS = ("transforms", "delays", "stability")
+
+# Most of the suite's time would go into optimising thousands of tiny programs that run once. XLA's
+# passes over a program stay; LLVM's over its loops are left out, but for tests marked `optimised`:
+# those that assert bits, bytes or copies, and those that run for longer than they would compile.
+UNOPTIMISED = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+options_of_users = compiler.get_compile_options
+
+
+def options_of_tests(*args: Any, env_options_overrides: Any = None, **kwargs: Any) -> Any:
+    overrides = {**UNOPTIMISED, **(env_options_overrides or {})}
+    return options_of_users(*args, env_options_overrides=overrides, **kwargs)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before fixtures of any scope: how the test's programs are compiled."""
+    optimised = item.get_closest_marker("optimised") is not None
+    if optimised and compiler.get_compile_options is options_of_tests:
+        jax.clear_caches()  # what other tests left is not what users run
+    compiler.get_compile_options = options_of_users if optimised else options_of_tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,7 @@ FOLDERS = {"asgd_jax": ROOT / "src", "experiments": ROOT, "benchmarks": ROOT}
 # What every module of a kind has: the figures (see `experiments.reproduce`), the benchmarks' items
 # and their cases (`benchmarks.run`), the programs.
 PROTOCOL = {
-    *("CAPTION", "PROXY", "WHY", "PRESETS", "Config", "run", "plot", "claims"),
+    *("CAPTION", "PROXY", "WHY", "PRESETS", "Config", "run", "plot", "claims", "notes"),
     *("TITLE", "Case", "CASES", "QUICK_CASES"),
     "main",
 }

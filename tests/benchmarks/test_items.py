@@ -172,11 +172,11 @@ def test_operations_are_those_of_plain_convolutions():
 
 def test_pytorch_models_have_the_parameters_of_ours():
     pytest.importorskip("torch")
-    from benchmarks.torch_models import MODELS
+    from benchmarks.torch_models import TORCH_MODELS
 
     for case in pytorch.CASES:
         height, width, channels = case.image_shape or (8, 8, 1)
-        theirs = MODELS[case.model]((channels, height, width), case.model_options).params
+        theirs = TORCH_MODELS[case.model]((channels, height, width), case.model_options).params
         model = models.create(case.model, num_classes=10, **case.model_options)
         image = jax.ShapeDtypeStruct((1, height, width, channels), "float32")
         ours = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), image)["params"]

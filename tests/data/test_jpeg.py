@@ -140,7 +140,8 @@ def test_cropped_decoding_equals_pillows_decoding_and_cropping(tfds_data_dir):
     builder = prepared_builder("imagenet2012", tfds_data_dir)
     draws = np.random.default_rng(3).random((8, jpeg.NUM_DRAWS), np.float32)
     encoded = _read_encoded(builder, "train", 0, 8, None).as_numpy_iterator()
-    for (bytes_, _), draw in zip(encoded, draws, strict=True):
+    for example, draw in zip(encoded, draws, strict=True):
+        bytes_ = example["image"]
         whole = np.asarray(Image.open(io.BytesIO(bytes_)).convert("RGB"))
         top, left, height, width = jpeg.crop_window(*whole.shape[:2], draw).numpy()
         crop = tf.image.resize(whole[top : top + height, left : left + width], [64, 64])

@@ -136,6 +136,7 @@ def test_bad_arguments(bowl):
         measure_max_learning_rate(bowl._replace(sharpness=-1.0), 1, quadratic, [0])
 
 
+@pytest.mark.optimised
 def test_digits_start_at_a_true_minimum(digits):
     problem, minimum = digits
     gradient = jax.jit(jax.grad(problem.loss_fn))(minimum.params, problem.batches[0])
@@ -144,6 +145,7 @@ def test_digits_start_at_a_true_minimum(digits):
     assert problem.params["Dense_0"]["kernel"].shape == (64, 64)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("delay", [0, 1, 2, 4, 8, 16])
 def test_digits_leave_where_the_theory_says(digits, delay):
     problem, minimum = digits
@@ -151,6 +153,7 @@ def test_digits_leave_where_the_theory_says(digits, delay):
     assert found.value == pytest.approx(found.predicted, rel=0.03)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     "method",
     [

@@ -15,12 +15,14 @@ def mnist_config(arm):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(arm)
+    config.width = 0.5  # a third of the time; results/fig01 has the whole network
     config.num_devices = 1  # the tests' eight fake devices share two cores
     return config
 
 
 @pytest.mark.realdata
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_eq_8_trains_and_a_larger_rate_diverges(tfds_data_dir, tmp_path):
     summary = train(mnist_config("asgd"), tmp_path / "eq8", progress=False)
     assert summary["learning_rate"] == pytest.approx(0.32 / 31)

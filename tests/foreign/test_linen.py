@@ -138,6 +138,7 @@ def test_every_slot_has_the_sharding_of_its_parameter(wrap):
     assert slots.shard_shape((DELAY, 8, 16)) == (DELAY, 8 // 4, 16 // 2)
 
 
+@pytest.mark.optimised
 def test_the_delay_of_a_sharded_run_adds_no_communication():
     make = functools.partial(create, asgd_jax.delayed(optimizer(), DELAY), Model("mesh axes"))
     plain = functools.partial(create, optimizer(), Model("mesh axes"))

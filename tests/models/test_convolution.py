@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec
 
 from asgd_jax.models.convolution import Window, convolve_by_lax, convolve_on_cpu
 
+pytestmark = pytest.mark.optimised
+
 CASES = [
     # images, kernel, strides, padding; all with more than 16 positions
     ((16, 8, 9, 3), (3, 3, 3, 5), (1, 1), ((1, 1), (1, 1))),

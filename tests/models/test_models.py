@@ -408,3 +408,32 @@ def test_gradient_descent_learns(name):
 
     losses = descend(variables["params"])
     assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["mlp", "digits_cnn", "mnist_cnn"])
+@pytest.mark.parametrize("conv_impl", ["cpu", "lax"])
+def test_torch_starts_uniform_within_one_over_root_fan_in(name, conv_impl):
+    """Kernels and biases; the fan in is read off the kernel, whatever the layout of the images."""
+    images = jnp.zeros((1, *INPUTS[name]))
+    models_by = {
+        initializer: models.create(
+            name, num_classes=10, conv_impl=conv_impl, initializer=initializer
+        )
+        for initializer in ("flax", "torch")
+    }
+    key = jax.random.key(0)
+    found = {k: m.init(key, images, train=False)["params"] for k, m in models_by.items()}
+    assert jax.tree.map(jnp.shape, found["flax"]) == jax.tree.map(jnp.shape, found["torch"])
+    for layer in found["torch"].values():
+        limit = 1.0 / math.sqrt(layer["kernel"].size / layer["kernel"].shape[-1])
+        for values in layer.values():
+            assert float(jnp.abs(values).max()) <= limit
+            # Eight standard errors of the variance of so many uniform numbers.
+            slack = 8 * limit**2 * math.sqrt(4 / 45 / values.size)
+            assert float(jnp.mean(values**2)) == pytest.approx(limit**2 / 3, abs=slack)
+    assert all(not layer["bias"].any() for layer in found["flax"].values())
+
+
+def test_unknown_initializers_are_refused():
+    with pytest.raises(ValueError, match=r"initializer must be one of .*, got 'keras'"):
+        shapes("mlp", initializer="keras")

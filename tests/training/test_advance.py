@@ -112,6 +112,7 @@ def test_a_run_stops_exactly_where_a_plain_loop_does(tiny_config, arm):
         np.testing.assert_allclose(kept[name], leaf, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("kind", ["heavy_ball", "shifted"])
 def test_the_check_copies_no_ring(tiny_config, kind):
     tiny_config.update(delay=DELAY, momentum=0.9, momentum_kind=kind)

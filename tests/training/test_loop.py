@@ -132,6 +132,7 @@ def test_the_same_seed_repeats_and_another_does_not(tiny_config, tmp_path):
     assert all(a["train_loss"] != b["train_loss"] for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.optimised
 def test_chunks_of_any_length_share_one_program_and_copy_no_large_ring(tiny_config):
     tiny_config.update(delay=3)
     setup = set_up(tiny_config)

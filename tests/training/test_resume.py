@@ -23,6 +23,8 @@ from asgd_jax.training.folder import rerun
 from asgd_jax.training.folder.checkpoint import last_step, open_checkpoints
 from asgd_jax.training.folder.metrics import read_rows
 
+pytestmark = pytest.mark.optimised
+
 ROOT = Path(__file__).parents[2]
 # 16 updates and 8 rows an epoch; checkpoints at some of the rows, which are in mid-epoch.
 RUN = [

@@ -184,7 +184,8 @@ def test_streamed_data_is_trained_run_by_run(tmp_path):
     assert records[0]["steps"] == 8
     assert records[0]["diverged_at"] == -1
     assert 0 < records[1]["diverged_at"] < 8
-    assert set(records[0]) == {"epoch", "full_train_loss", *points[0], *read_columns()}
+    full = {"full_train_loss", "full_train_error"}
+    assert set(records[0]) == {"epoch", *full, *points[0], *read_columns()}
     with pytest.raises(ValueError, match="lives in memory"):
         sweep(config, points, work=tmp_path / "other", leave_loss=1.0)
 

@@ -10,6 +10,8 @@ from test_compiled import BATCH, DELAY, PARAM_BYTES, WIDTH, compile_step, delaye
 import asgd_jax
 from asgd_jax.transforms.accumulation import accumulate, init_accumulation
 
+pytestmark = pytest.mark.optimised
+
 START = jnp.array([1.0, -2.0])
 
 

@@ -12,6 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import asgd_jax
 from asgd_jax import delays
 
+pytestmark = pytest.mark.optimised
+
 DELAY = 64
 WIDTH = 128
 BATCH = 16

@@ -88,6 +88,7 @@ def test_staleness_is_the_process_after_a_ramp(delay):
     assert set(np.asarray(uniform[delay:]).tolist()) <= set(range(1, delay + 1))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("delay", [0, delays.uniform(0, 0)])
 @pytest.mark.parametrize("inner", INNER_CASES)
 def test_no_delay_is_bitwise_the_inner_optimizer(inner, delay):

@@ -43,7 +43,7 @@ def model_options(name: str) -> list[str]:
       ValueError: for an unknown model, listing the known ones.
 
     >>> model_options("mlp")
-    ['activation', 'hidden']
+    ['activation', 'hidden', 'initializer']
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: choose one of {sorted(MODELS)}")

@@ -32,6 +32,7 @@ BATCH_NORM_DECAY = 0.9
 _BATCH_AXIS: ContextVar[str | None] = ContextVar("batch_axis", default=None)
 
 CONV_IMPLEMENTATIONS = ("auto", "cpu", "lax")
+INITIALIZERS = ("flax", "torch")
 
 
 def resolve_conv_impl(conv_impl: str) -> str:
@@ -48,6 +49,38 @@ def resolve_conv_impl(conv_impl: str) -> str:
     if conv_impl == "auto":
         return "cpu" if jax.default_backend() == "cpu" else "lax"
     return conv_impl
+
+
+def initializers(name: str, fan_in: int) -> dict[str, Initializer]:
+    r"""Returns `kernel_init` and `bias_init` of a convolution or dense layer, by name.
+
+    "flax" is Flax's default: kernels LeCun normal (variance 1 / fan in), biases 0. "torch" is
+    PyTorch's default: kernels and biases uniform on $\pm 1 / \sqrt{\text{fan in}}$, so kernels of
+    variance 1 / (3 fan in).
+
+    Args:
+      name: "flax" or "torch".
+      fan_in: inputs of one output, which a bias does not know from its own shape.
+
+    Raises:
+      ValueError: for another name.
+
+    >>> sorted(initializers("torch", 9))
+    ['bias_init', 'kernel_init']
+    """
+    if name not in INITIALIZERS:
+        raise ValueError(f"initializer must be one of {INITIALIZERS}, got {name!r}")
+    if name == "flax":
+        return {
+            "kernel_init": nn.initializers.lecun_normal(),
+            "bias_init": nn.initializers.zeros_init(),
+        }
+
+    def uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        limit = fan_in**-0.5
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return {"kernel_init": uniform, "bias_init": uniform}
 
 
 def scale_width(channels: int, width: float) -> int:
@@ -73,6 +106,7 @@ class Conv(nn.Module):
       use_bias: adds a bias per output channel.
       dtype: of the computation and the output.
       kernel_init: LeCun's (variance 1 / fan in) by default, as in `flax.linen.Conv`.
+      bias_init: zeros by default.
       conv_impl: "cpu" (see `convolution`), "lax" (`lax.conv_general_dilated`), or "auto": cpu where
         the default backend is a CPU, lax elsewhere.
       batch_last: input and output are CHWN instead of NHWC; the parameters are the same.
@@ -91,6 +125,7 @@ class Conv(nn.Module):
     use_bias: bool = True
     dtype: Any = jnp.float32
     kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
     conv_impl: str = "auto"
     batch_last: bool = False
 
@@ -121,7 +156,7 @@ class Conv(nn.Module):
             y = convolve(x, kernel, window)
             y = jnp.swapaxes(y, 0, 3) if self.batch_last else y
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+            bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
             bias = bias.astype(self.dtype)
             y = y + (bias[:, None, None, None] if self.batch_last else bias)
         return y

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 
 from asgd_jax.models.classifier import Classifier
-from asgd_jax.models.layers import scale_width
+from asgd_jax.models.layers import initializers, scale_width
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": nn.tanh,
@@ -18,11 +18,12 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class MLP(Classifier):
     """Dense layers with an activation between them; images are flattened.
 
-    Initialisation: Flax's default, LeCun normal kernels (variance 1 / fan in) and zero biases.
+    Initialisation: see `initializer`.
 
     Attributes, beside those of `Classifier`:
       hidden: width of each hidden layer, before the width multiplier; () is a linear model.
       activation: "tanh", "relu" or "gelu". Tanh is smooth, which curvature experiments want.
+      initializer: "flax" (default) or "torch", see `layers.initializers`.
 
     >>> import jax.numpy as jnp
     >>> digits = jnp.zeros((2, 8, 8, 1))
@@ -35,6 +36,7 @@ class MLP(Classifier):
 
     hidden: tuple[int, ...] = (64,)
     activation: str = "tanh"
+    initializer: str = "flax"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -46,5 +48,6 @@ class MLP(Classifier):
         activate = _ACTIVATIONS[self.activation]
         x = x.reshape(x.shape[0], -1).astype(self.dtype)
         for units in self.hidden:
-            x = activate(nn.Dense(scale_width(units, self.width), dtype=self.dtype)(x))
-        return self.classify(x)
+            start = initializers(self.initializer, x.shape[-1])
+            x = activate(nn.Dense(scale_width(units, self.width), dtype=self.dtype, **start)(x))
+        return self.classify(x, **initializers(self.initializer, x.shape[-1]))

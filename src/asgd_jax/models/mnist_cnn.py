@@ -5,7 +5,14 @@ import jax
 import jax.numpy as jnp
 
 from asgd_jax.models.classifier import HE_NORMAL, Classifier
-from asgd_jax.models.layers import Conv, batch_norm, max_pool, resolve_conv_impl, scale_width
+from asgd_jax.models.layers import (
+    Conv,
+    batch_norm,
+    initializers,
+    max_pool,
+    resolve_conv_impl,
+    scale_width,
+)
 
 
 class LeNet(Classifier):
@@ -13,19 +20,22 @@ class LeNet(Classifier):
 
     The defaults are fig. 1's network for 28x28 MNIST: conv20 5x5, pool, conv50 5x5, pool, fc500,
     ReLU, fc10, with unpadded convolutions (431,080 parameters).
-    Initialisation: Flax's default, LeCun normal kernels (variance 1 / fan in) and zero biases.
+    Initialisation: see `initializer`.
 
     Attributes, beside those of `Classifier`:
       channels: output channels of each convolution, before the width multiplier.
       kernel_size: side of every kernel, in pixels.
       padding: "VALID" or "SAME".
       hidden: width of each hidden dense layer, before the width multiplier.
+      initializer: "flax" (default) or "torch", which the authors' program starts from; see
+        `layers.initializers`.
     """
 
     channels: tuple[int, ...] = (20, 50)
     kernel_size: int = 5
     padding: str = "VALID"
     hidden: tuple[int, ...] = (500,)
+    initializer: str = "flax"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -34,6 +44,7 @@ class LeNet(Classifier):
         batch_last = resolve_conv_impl(self.conv_impl) == "cpu"
         x = jnp.swapaxes(x, 0, 3) if batch_last else x
         for channels in self.channels:
+            fan_in = self.kernel_size**2 * x.shape[0 if batch_last else 3]
             x = Conv(
                 scale_width(channels, self.width),
                 (self.kernel_size, self.kernel_size),
@@ -41,14 +52,16 @@ class LeNet(Classifier):
                 dtype=self.dtype,
                 conv_impl=self.conv_impl,
                 batch_last=batch_last,
+                **initializers(self.initializer, fan_in),
             )(x)
             # The same as ReLU first, in value and gradient, on a quarter of the entries.
             x = nn.relu(max_pool(x))
         x = jnp.swapaxes(x, 0, 3) if batch_last else x
         x = x.reshape(x.shape[0], -1)
         for units in self.hidden:
-            x = nn.relu(nn.Dense(scale_width(units, self.width), dtype=self.dtype)(x))
-        return self.classify(x)
+            start = initializers(self.initializer, x.shape[-1])
+            x = nn.relu(nn.Dense(scale_width(units, self.width), dtype=self.dtype, **start)(x))
+        return self.classify(x, **initializers(self.initializer, x.shape[-1]))
 
 
 class BatchNormCNN(Classifier):

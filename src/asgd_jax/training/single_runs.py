@@ -37,6 +37,7 @@ def train_each(
                 "train_loss": row["train_loss"],
                 "train_error": row["train_error"],
                 "full_train_loss": math.nan,
+                "full_train_error": math.nan,
                 "validation_loss": row["validation_loss"],
                 "validation_error": row["validation_error"],
                 "diverged_at": -1,

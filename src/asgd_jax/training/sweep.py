@@ -102,13 +102,15 @@ def sweep(
       initial: parameters to start every run from, with a history full of them; those of the run's
         seed by default.
       leave_loss: a run ends when its loss on the whole training set, in evaluation mode, exceeds
-        this (or is not finite) at two rows in a row; the column full_train_loss has that loss.
+        this (or is not finite) at two rows in a row; the column full_train_loss has that loss,
+        full_train_error the share of that set that is told wrongly.
       progress: show a progress bar on a terminal.
 
     Returns:
       Records in the order of points, one for each `eval_every_epochs`: the point's fields, epoch,
-      steps, train_loss, train_error, full_train_loss, validation_loss, validation_error,
-      diverged_at (the update, or -1). A run that diverges or leaves ends with that row.
+      steps, train_loss, train_error, full_train_loss, full_train_error, validation_loss,
+      validation_error, diverged_at (the update, or -1). A run that diverges or leaves ends with
+      that row.
 
     Raises:
       ValueError: for a bad configuration or point, or a folder that holds another sweep.

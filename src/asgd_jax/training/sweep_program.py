@@ -49,7 +49,8 @@ class Curve(NamedTuple):
     Attributes:
       steps: int32, updates made since the start; 0 marks a row that is not written.
       train_loss, train_error: means over the updates of the row, at the stale parameters.
-      full_train_loss: over the whole training set, live parameters; NaN when not asked for.
+      full_train_loss, full_train_error: over the whole training set, live parameters; NaN when
+        not asked for.
       validation_loss, validation_error: over the whole validation set, live parameters.
       diverged_at: int32, the update at which the loss was not finite or too large, or -1.
     """
@@ -58,6 +59,7 @@ class Curve(NamedTuple):
     train_loss: Any
     train_error: Any
     full_train_loss: Any
+    full_train_error: Any
     validation_loss: Any
     validation_error: Any
     diverged_at: Any
@@ -135,12 +137,12 @@ def make_whole_run(shared: Shared) -> WholeRun:
 
         def next_row(carry: _Carry) -> _Carry:
             state, totals = train_row(values, samples, carry.state, carry.epoch)
-            full_loss, loss, error = _measure(shared, run, samples, state)
+            full, (loss, error) = _measure(shared, run, samples, state)
             means = totals.loss / totals.steps, totals.error / totals.steps
             # Runs of one `vmap` go on together: one that has ended writes no more rows.
             steps = jnp.where(carry.ended, 0, state.step)
-            row = Curve(steps, *means, full_loss, loss, error, totals.diverged_at)
-            above = ~(full_loss <= values.leave_loss) & shared.full_train  # NaN is above
+            row = Curve(steps, *means, *full, loss, error, totals.diverged_at)
+            above = ~(full[0] <= values.leave_loss) & shared.full_train  # NaN is above
             diverged = totals.diverged_at != NOT_DIVERGED
             return _Carry(
                 row=carry.row + 1,
@@ -195,18 +197,18 @@ def _make_train_row(
 
 def _measure(
     shared: Shared, run: Run, samples: Samples, state: TrainState
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Loss over the training set (NaN if not asked for); validation loss and error."""
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Loss and error over the training set (NaN if not asked for), and over the validation set."""
     stats = run.statistics(state)
-    loss, error = run.measure(state.params, stats, samples.validation_batches).means()
+    unseen = run.measure(state.params, stats, samples.validation_batches).means()
     if not shared.full_train:
-        return jnp.full((), jnp.nan), loss, error
-    return run.measure(state.params, stats, samples.train_batches).means()[0], loss, error
+        return (jnp.full((), jnp.nan), jnp.full((), jnp.nan)), unseen
+    return run.measure(state.params, stats, samples.train_batches).means(), unseen
 
 
 def _empty_curve(num_rows: int) -> Curve:
     numbers, counts = jnp.full(num_rows, jnp.nan), jnp.zeros(num_rows, jnp.int32)
-    return Curve(counts, numbers, numbers, numbers, numbers, numbers, counts + NOT_DIVERGED)
+    return Curve(counts, *(numbers,) * 6, counts + NOT_DIVERGED)
 
 
 def compile_runs(

@@ -13,6 +13,9 @@ from asgd_jax.transforms import delayed_sgd
 from experiments.figures import eos
 from experiments.sharpness_track import Sample, make_track
 
+# Thousands of steps: LLVM's time is well spent.
+pytestmark = pytest.mark.optimised
+
 
 @pytest.fixture(scope="module")
 def smoke_folder(tmp_path_factory):

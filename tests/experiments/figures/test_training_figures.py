@@ -24,6 +24,7 @@ from experiments.figures import (
     fig05,
     fig09,
     fig11,
+    spikes,
     training_runs,
 )
 from experiments.figures.fig05 import NORMAL, SHIFTED
@@ -157,3 +158,56 @@ def test_spikes_are_counted_by_the_stated_rule():
     assert fig11.count_spikes(calm) == 2
     falling = np.linspace(1.0, 0.0, 60)
     assert fig11.count_spikes(falling) == 0
+
+
+def spiky(arms):
+    """A table of fig. 11 (a): calm runs of 400 epochs, with so many spikes a run of an arm."""
+    rows = []
+    for arm in spikes.ARM_COLOURS:
+        for rate in (0.03, 0.045, 0.06):
+            for seed in range(5):
+                error = np.full(400, 0.001)
+                error[20 : 20 + 10 * arms.get((arm, rate), 0) : 10] = 0.5
+                run = {"arm": arm, "learning_rate": rate, "seed": seed, "sharpness": 1.0}
+                rows += [
+                    {**run, "epoch": k + 1, "steps": 90 * (k + 1), "full_train_error": each}
+                    for k, each in enumerate(error)
+                ]
+    return pd.DataFrame(rows)
+
+
+AS_PREDICTED = {
+    (spikes.WITH_DAMPED, 0.045): 3,
+    (spikes.WITH_DAMPED, 0.06): 6,
+    (spikes.NONE, 0.06): 3,
+}
+
+
+def test_the_order_of_arms_is_that_of_poisson_intervals():
+    assert all(claim.holds for claim in spikes.claims(spiky(AS_PREDICTED)))
+    exposure = 5 * 399 * 90 / 1000
+    found = spikes.spike_rate(spikes.spike_table(spiky(AS_PREDICTED)), spikes.NONE, 0.06)
+    assert found.value == pytest.approx(15 / exposure)
+    # The ends are the means at which so many, or so few, are seen in 2.5 % of all cases.
+    assert stats.poisson.sf(14, found.low * exposure) == pytest.approx(0.025)
+    assert stats.poisson.cdf(15, found.high * exposure) == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize(
+    ("change", "failing"),
+    [
+        ({(spikes.NONE, 0.045): 3}, [0]),
+        ({(spikes.SHIFTED, 0.045): 3}, [1, 3]),
+        ({(spikes.SHIFTED, 0.06): 3}, [2]),
+        ({(spikes.WITH_DAMPED, 0.03): 1}, [3]),
+    ],
+)
+def test_every_claim_on_spikes_can_fail(change, failing):
+    claims = spikes.claims(spiky(AS_PREDICTED | change))
+    assert [number for number, claim in enumerate(claims) if not claim.holds] == failing
+
+
+def test_a_run_that_never_settles_is_at_no_risk():
+    assert spikes.count_crossings(np.full(10, 0.3)) == (0, 0)
+    assert np.isnan(spikes.poisson_rate(0, 0.0)).all()
+    assert spikes.count_crossings(np.array([0.001, np.nan, np.nan])) == (1, 2)
