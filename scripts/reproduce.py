@@ -25,6 +25,7 @@ def main() -> int:
     from asgd_jax.training.command import (
         named_folder,
         run_command,
+        use_a_device_a_core,
         use_compilation_cache,
         use_threaded_convolutions,
     )
@@ -33,6 +34,7 @@ def main() -> int:
 
     use_compilation_cache()
     use_threaded_convolutions()
+    use_a_device_a_core()
 
     def make() -> None:
         out = named_folder(options.out, "out")

@@ -49,7 +49,7 @@ _SCAN = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _DIGITS: dict[str, Any] = {"dataset": "digits", "model": "digits_cnn", "worker_batch_size": 4}
 PRESETS = {
     "smoke": _preset((0.5, 1.0, 2.0), (0, 1), **_DIGITS, epochs=3, num_devices=1),
-    "cpu": _preset(_SCAN, (0, 1), epochs=6, num_devices=1),
+    "cpu": _preset(_SCAN, (0, 1), epochs=6),
     "paper": _preset(_SCAN, range(5), epochs=50),
 }
 

@@ -75,9 +75,9 @@ _SMALL: dict[str, Any] = {
     "augment": False,
     "num_workers": 1,
     "label_smoothing": 0.1,
-    "num_devices": 1,
 }
 _DIGITS: dict[str, Any] = {
+    "num_devices": 1,
     "dataset": "digits",
     "model": "mlp",
     "num_train": 256,

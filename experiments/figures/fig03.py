@@ -68,7 +68,6 @@ _MNIST: dict[str, Any] = {
     "worker_batch_size": 16,
     "learning_rate": 0.32,
     "eval_every_epochs": 2,
-    "num_devices": 1,
 }
 PRESETS = {
     "smoke": _preset((3, 7), (0.5, 1.0, 2.0), (0, 1), **_DIGITS, epochs=4),

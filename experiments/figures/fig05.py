@@ -80,13 +80,14 @@ def _preset(seeds: Sequence[int], *, ramp_from: float = 0.0, **overrides: Any) -
     return ConfigDict({"train": train, "ramp_from": ramp_from, "seeds": tuple(seeds)})
 
 
-_SMALL: dict[str, Any] = {"momentum": 0.0, "eval_batch_size": 500, "num_devices": 1}
+_SMALL: dict[str, Any] = {"momentum": 0.0, "eval_batch_size": 500}
 _DIGITS: dict[str, Any] = {
     "dataset": "digits",
     "model": "mlp",
     "worker_batch_size": 4,
     "learning_rate": 0.5,
     "warmup_epochs": 0.0,
+    "num_devices": 1,
 }
 _CIFAR: dict[str, Any] = {
     "dataset": "cifar10",

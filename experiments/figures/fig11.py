@@ -72,7 +72,6 @@ _CIFAR: dict[str, Any] = {
     "num_validation": 500,
     "worker_batch_size": 32,
     "augment": False,
-    "num_devices": 1,
 }
 PRESETS = {
     "smoke": _preset(spikes.PRESETS["smoke"], (0,), **_DIGITS, epochs=4),

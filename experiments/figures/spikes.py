@@ -63,14 +63,15 @@ def preset(rates: Sequence[float], seeds: Sequence[int], **overrides: Any) -> Co
         delay=DELAY,
         dampening=True,
         label_smoothing=0.1,
-        num_devices=1,
         **overrides,
     )
     return ConfigDict({"train": train, "rates": tuple(rates), "seeds": tuple(seeds)})
 
 
 PRESETS = {
-    "smoke": preset((0.03, 0.06), (100,), worker_batch_size=8, num_train=256, epochs=4),
+    "smoke": preset(
+        (0.03, 0.06), (100,), worker_batch_size=8, num_train=256, epochs=4, num_devices=1
+    ),
     "cpu": preset(_RATES, range(100, 110), worker_batch_size=16, epochs=400),
     "paper": preset(_RATES, range(100, 130), worker_batch_size=16, epochs=1000),
 }

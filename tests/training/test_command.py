@@ -35,6 +35,7 @@ from asgd_jax.models.convolution import Window, convolve_by_lax
 from asgd_jax.training import command
 if sys.argv[1:]:
     print(command.use_threaded_convolutions(), os.environ["XLA_FLAGS"])
+    print(command.use_a_device_a_core(), command.use_a_device_a_core(), jax.device_count())
 window = Window((1, 1), ((1, 1), (1, 1)))
 shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 28, 28, 32), (3, 3, 32, 64))]
 program = jax.jit(convolve_by_lax, static_argnums=2).lower(*shapes, window).compile()
@@ -75,8 +76,9 @@ def test_the_environment_names_another_folder(tmp_path):
 
 def test_the_flag_for_convolutions_is_accepted_and_gives_them_to_eigen():
     """A flag that XLA does not know ends the process; YNNPACK wraps the convolution in a fusion."""
-    chosen, compiled = run(CONVOLUTION, "choose", JAX_PLATFORMS="cpu", XLA_FLAGS="")
+    chosen, devices, compiled = run(CONVOLUTION, "choose", JAX_PLATFORMS="cpu", XLA_FLAGS="")
     assert chosen == f"True {THREADED_CONVOLUTIONS}"
+    assert devices == f"True False {len(os.sched_getaffinity(0))}"
     assert " convolution(" in compiled
     (untouched,) = run(CONVOLUTION, JAX_PLATFORMS="cpu", XLA_FLAGS="")
     assert "ynn_fusion" in untouched

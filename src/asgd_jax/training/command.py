@@ -203,6 +203,22 @@ def use_threaded_convolutions() -> bool:
 
 
 _JAXLIB_WITH_FLAG = (0, 10)
+_NUM_CPU_DEVICES = "--xla_force_host_platform_device_count"
+
+
+def use_a_device_a_core() -> bool:
+    """Has JAX count every core of a CPU as a device, for scripts that sweep; returns if it does.
+
+    A sweep divides its runs over the devices, and small steps gain nothing from a second thread: on
+    two cores it makes 1.5 to 2.2 times as many updates a second (see results/bench). To be called
+    before JAX has met its devices; a number of devices in XLA_FLAGS stays.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _NUM_CPU_DEVICES in flags:
+        return False
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ["XLA_FLAGS"] = f"{flags} {_NUM_CPU_DEVICES}={cores}".strip()
+    return True
 
 
 def _has_accelerator_plugin() -> bool:

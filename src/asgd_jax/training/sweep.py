@@ -52,10 +52,9 @@ _DATA = (
 # A run of `train` may be prolonged and report anew; one of a sweep is its rows.
 _REPORTED = (*_ROWS, "log_every_steps")
 # How many runs are quickest in one `vmap`, as `make bench` measures: on a CPU convolutions lose by
-# it, and of large dense layers the weights of eight runs no longer fit the caches.
+# it, and of large dense layers the weights of several runs don't fit the caches.
 _SMALL_MODEL = 20_000  # parameters
 _RUNS_AT_ONCE = 8
-_RUNS_AT_ONCE_LARGE = 4
 
 
 class Runs(NamedTuple):
@@ -98,7 +97,9 @@ def sweep(
       work: folder of records.csv. Runs found there are not repeated, so that a killed sweep goes
         on where it was. A temporary one by default.
       runs_at_once: runs of one `vmap`; the rest follow by `lax.map`. By default 8; on a CPU 1 for
-        models with convolutions, 4 for dense ones above 20,000 parameters.
+        models with convolutions or above 20,000 parameters. Runs are divided over the devices of
+        `config.num_devices` besides: on a CPU, a device a core makes a sweep 1.5 to 2 times as fast
+        on two cores (`command.use_a_device_a_core`).
       initial: parameters to start every run from, with a history full of them; those of the run's
         seed by default.
       leave_loss: a run ends when its loss on the whole training set, in evaluation mode, exceeds
@@ -328,9 +329,8 @@ def default_runs_at_once(config: ConfigDict, dataset: Dataset) -> int:
     if jax.default_backend() != "cpu":
         return _RUNS_AT_ONCE
     params = shape_of_params(config, feed_of(config, dataset).facts)
-    if any(leaf.ndim > 2 for leaf in jax.tree.leaves(params)):  # convolutions
-        return 1
-    return _RUNS_AT_ONCE if num_params(params) < _SMALL_MODEL else _RUNS_AT_ONCE_LARGE
+    convolutional = any(leaf.ndim > 2 for leaf in jax.tree.leaves(params))
+    return 1 if convolutional or num_params(params) >= _SMALL_MODEL else _RUNS_AT_ONCE
 
 
 def _process(config: ConfigDict, steps_per_epoch: int) -> DelayProcess:
