@@ -18,7 +18,7 @@ where eq. 8 gives .103, and falls tenfold at epochs 30, 60 and 80; weight decay 
 The captions don't give the number of workers: 32 make the batch of Goyal et al.
 
 Data: TFDS's `imagenet2012`, prepared as docs/running_on_cloud_tpu.md says.
-Hardware. Memory as `plan_memory` gives it: 38 GiB for `shifted` on one device, 32 of them
+Hardware. Memory as `make_plan` gives it: 38 GiB for `shifted` on one device, 32 of them
 activations, 3.0 for 31 past parameters and 3.1 for the momentum of 32 workers; shifted_normal
 keeps 64 and 65. `--config.shard_history=true` splits the past parameters over the devices. An
 update of ssgd has 8,192 images at once, 1.4 TB of activations over all devices: 64 chips of

@@ -95,7 +95,7 @@ def _put_round(
     images, labels = (np.concatenate(arrays) for arrays in zip(*padded, strict=True))
     shape = num_updates * plan.workers_per_update, plan.worker_batch_size
     placed = placement.put_batch((images, labels), shape)
-    return RoundBatch(*placed, np.int32(len(batches)))
+    return RoundBatch(*placed, jnp.int32(len(batches)))
 
 
 def stream_step(

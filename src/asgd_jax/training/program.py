@@ -18,7 +18,7 @@ from asgd_jax.training import optimizer
 from asgd_jax.training.batch_stats import make_chains
 from asgd_jax.training.evaluate import Sums, make_measure
 from asgd_jax.training.mesh import AXIS, make_mesh
-from asgd_jax.training.rounds_step import RoundStep, make_round_step
+from asgd_jax.training.rounds_step import make_round_step
 from asgd_jax.training.state import PyTree, TrainState, make_init
 from asgd_jax.training.step import Preprocess, make_train_step
 from asgd_jax.transforms import stale_params
@@ -89,9 +89,11 @@ def build_run(
     model = make_model(config, facts.num_classes)
     chains = make_chains(config.batch_stats, process.max_delay)
     arguments = config, process, facts.plan.steps_per_epoch, values
-    step: RoundStep
+    init_optimizer: Callable[[PyTree], Any]
+    advance: Callable[..., Any]
+    stale: Callable[[TrainState], PyTree]
     if config.parallelism == "workers":
-        step = make_round_step(
+        init_optimizer, advance, stale = make_round_step(
             model,
             optimizer.make_server(*arguments),
             process,
@@ -103,6 +105,7 @@ def build_run(
         )
     else:
         tx = optimizer.make_optimizer(*arguments)
+        init_optimizer, stale = tx.init, _stale_of
         advance = make_train_step(
             model,
             tx,
@@ -112,24 +115,26 @@ def build_run(
             axis_name=AXIS if config.parallelism == "pmap" else None,
             mesh=mesh if config.parallelism == "jit" else None,
         )
-        stale = lambda state: stale_params(state.opt_state, state.params)  # noqa: E731
-        step = RoundStep(tx.init, advance, stale)
 
     def init(key: jax.Array, params: PyTree | None = None) -> TrainState:
-        state = make_init(model, step.init, facts.image_shape, chains.init)(key)
+        state = make_init(model, init_optimizer, facts.image_shape, chains.init)(key)
         if params is None:
             return state
-        return state._replace(params=params, opt_state=step.init(params))
+        return state._replace(params=params, opt_state=init_optimizer(params))
 
     return Run(
         process=process,
         model=model,
         init=init,
-        advance=step.advance,
-        stale=step.stale,
+        advance=advance,
+        stale=stale,
         statistics=lambda state: chains.live(state.batch_stats, state.step),
         measure=make_measure(model, facts.normalize),
     )
+
+
+def _stale_of(state: TrainState) -> PyTree:
+    return stale_params(state.opt_state, state.params)
 
 
 def make_model(config: ConfigDict, num_classes: int) -> nn.Module:

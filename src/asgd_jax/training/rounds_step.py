@@ -137,9 +137,8 @@ def make_round_step(
         zeros = _zero_stats(chains, state)
 
         def of_worker(params: PyTree, given: Any) -> tuple[PyTree, Any]:
-            images, labels, key, place = given
-            one = Batch(images[None], labels[None])
-            return gradient(params, zeros, one, (key, place))
+            images, labels, *drawn = given
+            return gradient(params, zeros, Batch(images[None], labels[None]), drawn)
 
         given = (
             batch.images,
@@ -182,10 +181,13 @@ def _make_staleness(process: DelayProcess) -> Callable[[jax.Array, jax.Array], j
     return staleness_of
 
 
-def _of_one_worker(preprocess: Preprocess, copies: int) -> Any:
-    """Preprocessing of one of the workers of an update, whose draws are made for all of them."""
+def _of_one_worker(preprocess: Preprocess, copies: int) -> Preprocess:
+    """Preprocessing of one of the workers of an update, whose draws are made for all of them.
 
-    def preprocess_own(drawn: tuple[jax.Array, jax.Array], images: jax.Array) -> jax.Array:
+    It takes the update's key and the worker's place among them where `preprocess` takes a key.
+    """
+
+    def preprocess_own(drawn: Any, images: jax.Array) -> jax.Array:
         key, place = drawn
         if copies == 1:
             return preprocess(key, images)
