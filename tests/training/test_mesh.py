@@ -264,10 +264,12 @@ def test_two_processes_on_one_device_are_told_so(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path):
+@pytest.mark.parametrize("parallelism", ["jit", "workers"])
+def test_two_processes_train_as_one_does(parallelism, tmp_path):
     arguments = [
-        "--config=configs/digits.py", "--config.model=digits_cnn", "--config.num_devices=2",
-        "--config.epochs=1",
+        "--config=configs/digits.py:asgd", "--config.model=mlp", "--config.num_devices=2",
+        "--config.num_workers=4", "--config.delay=3", "--config.worker_batch_size=16",
+        "--config.epochs=1", f"--config.parallelism={parallelism}",
     ]  # fmt: skip
     one = run_processes(1, tmp_path / "one", *arguments)
     two = run_processes(2, tmp_path / "two", *arguments)

@@ -9,6 +9,7 @@ from asgd_jax.training import set_up, train
 from asgd_jax.training.folder import rerun
 from asgd_jax.training.folder.checkpoint import open_checkpoints
 from asgd_jax.training.folder.metrics import read_rows
+from configs import mnist_cnn
 
 BATCH_NORM = {"model": "mnist_cnn_bn", "width": 0.1, "num_train": 128}
 CASES = {
@@ -49,6 +50,18 @@ def test_rounds_leave_the_table_of_the_serial_run(name, tiny_config, tmp_path):
     _, alone = run(tiny_config, tmp_path / "serial")
     _, rows = run(tiny_config, tmp_path / "rounds", parallelism="workers", num_devices=num_devices)
     assert_same_rows(rows, alone)
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+def test_fig_1_s_network_on_mnist(tfds_data_dir, tmp_path):
+    config = mnist_cnn.get_config("asgd")
+    config.update(width=0.25, num_train=2048, num_validation=200, eval_batch_size=200)
+    config.update(data_dir=str(tfds_data_dir), num_devices=1, epochs=2, learning_rate=0.1)
+    _, alone = run(config, tmp_path / "serial")
+    _, rows = run(config, tmp_path / "rounds", parallelism="workers", num_devices=2)
+    assert_same_rows(rows, alone)
+    assert [row["step"] for row in rows] == [32, 64]
 
 
 def test_a_divergence_is_recorded_at_its_update(tiny_config, tmp_path):
