@@ -18,7 +18,7 @@ from asgd_jax.training.step import Batch, make_gradient
 from asgd_jax.transforms import update_params
 from benchmarks.harness import tree_bytes
 from benchmarks.loops import make_workload
-from benchmarks.workers import serve
+from benchmarks.workers import serve, use_cores
 
 _LEARNING_RATE = 1e-3
 _AXIS = "workers"
@@ -109,6 +109,8 @@ class _Round:
 
 
 if __name__ == "__main__":
+    words = json.loads(sys.argv[1])
+    use_cores(words["cores"])
     use_threaded_convolutions()
-    held = _Round(json.loads(sys.argv[1]))
+    held = _Round(words)
     serve(lambda asked: held.look() if asked.get("look") else held.make(asked["rounds"]))
