@@ -74,7 +74,8 @@ def run(options: BenchOptions) -> Result:
         goals=look_goals + goals,
         notes=[
             "One by one: `delayed(optax.sgd, N - 1)` in a compiled loop, one device that has all "
-            "cores (or a process that has one). A round: `asgd_jax.rounds` with a device a core. Same samples, same updates.",
+            "cores (or a process that has one). A round: `asgd_jax.rounds` with a device a core. "
+            "Same samples, same updates.",
             f"The model: TPU v4 (275 TFLOP/s, 1.2 TB/s to memory, 300 GB/s to other chips), "
             f"{UTILISATION:.0%} of the peak for every way; it leaves out that 256 / 16 images "
             "a chip use it worse than 256 do, which would speak for rounds.",
