@@ -53,7 +53,7 @@ def run(options: BenchOptions) -> Result:
     """Looks at the program on eight devices, measures on this machine's cores, models a pod."""
     rows, goals = list[TableRow](), list[Goal]()
     for case in QUICK_CASES if options.quick else CASES:
-        case_rows, case_goals = measure_case(case)
+        case_rows, case_goals = measure_rounds(case)
         rows += case_rows
         goals += case_goals
     looked, look_goals = list[TableRow](), list[Goal]()
@@ -83,7 +83,7 @@ def run(options: BenchOptions) -> Result:
     )
 
 
-def measure_case(case: Case) -> tuple[list[TableRow], list[Goal]]:
+def measure_rounds(case: Case) -> tuple[list[TableRow], list[Goal]]:
     """Times rounds against the serial loop in turns; returns the rows and, of LeNet, the goal."""
     cores = num_cores()
     layouts = {_SERIAL: 1, _ONE_CORE: 1, "rounds, one device": 1, _ROUNDS: cores}

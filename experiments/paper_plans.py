@@ -62,6 +62,8 @@ def plans() -> Iterator[dict[str, Any]]:
         module = importlib.import_module(f"configs.{name}")
         for arm in module.ARMS:
             config: ConfigDict = module.get_config(arm)
+            if config.parallelism == "workers":  # of as many chips as workers: --plan there
+                continue
             config.num_devices, config.epochs = 1, preset.train.epochs
             shape = repr(sorted(_shape(config).items()))
             if shape not in known:

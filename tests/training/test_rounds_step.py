@@ -19,7 +19,7 @@ CASES = {
     "nesterov one device": (1, {"momentum": 0.5, "momentum_kind": "nesterov"}),
     "groups": (8, {"num_workers": 8, "delay": 1, "worker_batch_size": 4}),
     "uniform": (2, {"delay_distribution": "uniform"}),
-    "server statistics": (8, {**BATCH_NORM, "num_workers": 8, "delay": 7, "worker_batch_size": 4}),
+    "server statistics": (4, {**BATCH_NORM, "num_workers": 8, "delay": 7, "worker_batch_size": 4}),
     "worker statistics": (2, {**BATCH_NORM, "batch_stats": "worker"}),
     "recalibrated": (2, {**BATCH_NORM, "batch_stats": "recalibrate", "recalibration_batches": 2}),
 }
@@ -58,6 +58,7 @@ def test_fig_1_s_network_on_mnist(tfds_data_dir, tmp_path):
     config = mnist_cnn.get_config("asgd")
     config.update(width=0.25, num_train=2048, num_validation=200, eval_batch_size=200)
     config.update(data_dir=str(tfds_data_dir), num_devices=1, epochs=2, learning_rate=0.1)
+    config.conv_impl = "lax"  # compiled in a third of the time
     _, alone = run(config, tmp_path / "serial")
     _, rows = run(config, tmp_path / "rounds", parallelism="workers", num_devices=2)
     assert_same_rows(rows, alone)
