@@ -4,10 +4,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import DTypeLike
 
 from asgd_jax.delays.processes import DelayProcess, as_integer, as_process
+from asgd_jax.predict import Predict
 from asgd_jax.transforms.accumulation import accumulate, init_accumulation, update_if
 from asgd_jax.transforms.hand_down import hand_down
 from asgd_jax.transforms.history import (
@@ -70,6 +72,7 @@ def delayed(
     seed: int | jax.Array = 0,
     every: int = 1,
     skip_nonfinite: bool = False,
+    predict: Predict | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Delays the gradients that `inner` receives by `delay` updates.
 
@@ -124,6 +127,11 @@ def delayed(
       skip_nonfinite: a gradient with an entry that is not finite changes nothing: no parameter, no
         inner state, no count. Under `vmap` every run then counts for itself, and that costs a copy;
         where a device sees a piece of the gradients only (`shard_map`), it judges that piece.
+      predict: `predict(params, inner_state, staleness)`, what is remembered in the place of the
+        parameters: where they are expected to be once the gradient arrives, see `asgd_jax.predict`.
+        Called at every update with the live parameters, the state of `inner` and the expected
+        staleness (int32, the rounded mean of a random delay; by leaf a pytree). In the start-up
+        ramp, too, x_0 is predicted for the whole of it, which shows only with weight decay.
 
     Returns:
       A GradientTransformationExtraArgs whose state is a `DelayedState`; `update` needs `params`.
@@ -179,6 +187,8 @@ def delayed(
             raise ValueError("delayed needs params, got None: call update(grads, state, params)")
         kept = _keep(delay, process, params)
         _check(state, kept, history_dtype)
+        if predict is not None and kept.longest:
+            kept = _foresee(predict, process, kept, params, state.inner_state)
         staleness = state.staleness
         if kept.delays is not None:
             staleness = staleness_of_leaves(kept.delays, staleness)
@@ -236,6 +246,24 @@ def _keep(delay: Any, process: DelayProcess | None, params: PyTree) -> _Kept:
     delays = delays_of_leaves(delay, params)
     depth = jax.tree.map(lambda each: each or optax.MaskedNode(), delays)
     return _Kept(only_delayed(params, delays), depth, longest(delays), delays)
+
+
+def _foresee(
+    predict: Predict,
+    process: DelayProcess | None,
+    kept: _Kept,
+    params: PyTree,
+    inner_state: optax.OptState,
+) -> _Kept:
+    """What to keep of these parameters: where the optimizer is expected to take them."""
+    if process is None:
+        ahead = jax.tree.map(jnp.int32, kept.delays)
+        foreseen = predict(params, inner_state, ahead)
+        return kept._replace(params=only_delayed(foreseen, kept.delays))
+    mean = process.max_delay
+    if process.pmf is not None:
+        mean = round(float(np.arange(len(process.pmf)) @ np.asarray(process.pmf)))
+    return kept._replace(params=predict(params, inner_state, jnp.int32(mean)))
 
 
 def _turn(
