@@ -30,11 +30,11 @@ CAPTION = (
     "code says."
 )
 
-NONE, DAMPED = "no mitigation", "damped momentum .9"
+UNMITIGATED, DAMPED_MOMENTUM = "no mitigation", "damped momentum .9"
 SCALING, POWER = "gradient / staleness", "gradient / sqrt(1 + staleness)"
 DC_ASGD, PREDICTED = "DC-ASGD", "damped momentum .9, predicted"
 NESTEROV, REPEATED = "damped Nesterov .99", "last update repeated"
-SHIFTED = "shifted momentum .9"
+SHIFTED_MOMENTUM = "shifted momentum .9"
 COMPUTED, MEASURED = "computed", "measured"  # the column series
 
 
@@ -47,9 +47,9 @@ class Config(NamedTuple):
     num_train: int = 256
 
 
-_MEASURED = (NONE, SCALING, SHIFTED, PREDICTED)
+_MEASURED = (UNMITIGATED, SCALING, SHIFTED_MOMENTUM, PREDICTED)
 PRESETS = {
-    "smoke": Config((1, 4), (2,), (NONE,), 64),
+    "smoke": Config((1, 4), (2,), (UNMITIGATED,), 64),
     "cpu": Config((1, 2, 4, 8, 16, 32), (2, 4, 8, 16), _MEASURED),
     "paper": Config((1, 2, 4, 8, 16, 32, 64), (2, 4, 8, 16), _MEASURED, 1024),
 }
@@ -57,8 +57,6 @@ PRESETS = {
 _CLOSE = 0.05  # of measured over computed
 _RESOLUTION = 0.02
 _DECAY = 0.9
-
-MakeOptimizer = Callable[[Any], optax.GradientTransformation]
 
 
 def _damped(rate: Any) -> optax.GradientTransformation:
@@ -84,13 +82,13 @@ def _after(transform: Callable[[], optax.GradientTransformation]) -> Callable[..
 
 
 METHODS: dict[str, Callable[[Any, int], optax.GradientTransformation]] = {
-    NONE: lambda rate, delay: delayed_sgd(rate, delay),
+    UNMITIGATED: lambda rate, delay: delayed_sgd(rate, delay),
     SCALING: _after(compensate.staleness_scaling),
     POWER: _after(compensate.power_scaling),
     DC_ASGD: _after(compensate.dc_asgd),
-    DAMPED: lambda rate, delay: asgd_jax.delayed(_damped(rate), delay),
+    DAMPED_MOMENTUM: lambda rate, delay: asgd_jax.delayed(_damped(rate), delay),
     PREDICTED: _predicted,
-    SHIFTED: lambda rate, delay: delayed_sgd(rate, delay, momentum=_DECAY, kind="shifted"),
+    SHIFTED_MOMENTUM: lambda rate, delay: delayed_sgd(rate, delay, momentum=_DECAY, kind="shifted"),
     NESTEROV: lambda rate, delay: delayed_sgd(rate, delay, momentum=0.99, kind="nesterov"),
     REPEATED: _repeated,
 }
@@ -119,7 +117,10 @@ def run(config: Config, work: Path) -> list[Record]:
 
 def _edge(method: str, delay: int, found: Any) -> Record:
     """The threshold of h = rate x sharpness; measured where a minimum is given."""
-    make: MakeOptimizer = lambda rate: METHODS[method](rate, delay)  # noqa: E731
+
+    def make(rate: Any) -> optax.GradientTransformation:
+        return METHODS[method](rate, delay)
+
     computed = stability.optimizer_max_learning_rate(make, 0)
     row = {"threshold": computed, "plain": stability.max_learning_rate(delay)}
     if found is None:
@@ -165,10 +166,15 @@ def claims(records: pd.DataFrame) -> list[Claim]:
             float(np.max(np.abs(at(DC_ASGD).gain - 1.0))),
             1e-3,
         ),
-        near(f"at tau = {largest}, shifted momentum's gain", last(SHIFTED), 4.0 / math.pi, 0.05),
+        near(
+            f"at tau = {largest}, shifted momentum's gain",
+            last(SHIFTED_MOMENTUM),
+            4.0 / math.pi,
+            0.05,
+        ),
         at_most(
             f"at tau = {largest}, gain of damped momentum over that of the same with prediction",
-            last(DAMPED) / last(PREDICTED),
+            last(DAMPED_MOMENTUM) / last(PREDICTED),
             0.95,
         ),
         at_most(

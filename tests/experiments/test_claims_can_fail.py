@@ -173,8 +173,8 @@ FAILING = {
     "mitigations": {
         "gradient / staleness": scale("threshold", 1.1, method=mitigations.SCALING),
         "DC-ASGD": scale("threshold", 1.1, method=mitigations.DC_ASGD),
-        "shifted momentum's gain": scale("threshold", 1.1, method=mitigations.SHIFTED),
-        "gain of damped": scale("threshold", 1.5, method=mitigations.DAMPED),
+        "shifted momentum's gain": scale("threshold", 1.1, method=mitigations.SHIFTED_MOMENTUM),
+        "gain of damped": scale("threshold", 1.5, method=mitigations.DAMPED_MOMENTUM),
         "last update": scale("threshold", 10.0, method=mitigations.REPEATED),
         "a real minimum": scale("measured", 1.2, series="measured"),
     },
