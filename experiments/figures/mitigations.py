@@ -25,9 +25,9 @@ from experiments.edges.minimum import digits_problem, find_minimum
 
 CAPTION = (
     "Of what is done against staleness, scaling gradients by it is another learning rate, "
-    "correcting them to second order changes no threshold, and predicting the parameters from the "
-    "momentum buys back part of what momentum costs; a real minimum is left where the linearised "
-    "code says."
+    "correcting them to second order changes no threshold, predicting the parameters from the "
+    "momentum buys back what momentum costs, and repeating the last update costs more; a real "
+    "minimum is left where the linearised code says."
 )
 
 UNMITIGATED, DAMPED_MOMENTUM = "no mitigation", "damped momentum .9"
@@ -192,7 +192,7 @@ def claims(records: pd.DataFrame) -> list[Claim]:
 
 def plot(records: pd.DataFrame) -> Any:
     """Returns the figure: the gain of each method, and measured over computed."""
-    figure, (left, right) = style.new_figure(2, width=6.4, height=4.8)
+    figure, (left, right) = style.new_figure(2, width=6.4, height=5.6)
     computed = records[records.series == COMPUTED]
     order: Sequence[str] = list(dict.fromkeys(computed.method))
     for method in order:
@@ -203,7 +203,7 @@ def plot(records: pd.DataFrame) -> Any:
     left.set(xlabel="delay τ", ylabel="largest stable rate over that of no mitigation")
     style.plain_log(left, "x", "y")
     left.set_title("computed from the code: above 1 helps")
-    left.legend(fontsize=9)
+    left.legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     measured = records[records.series == MEASURED]
     right.axhspan(1.0 - _CLOSE, 1.0 + _CLOSE, color="0.9", label=f"within {_CLOSE:.0%}")
     right.axhline(1.0, color=style.BLACK, linewidth=0.8)
