@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asgd_jax import curvature, stability
-from asgd_jax.stability import stages_max_learning_rate
+from asgd_jax.stability import stages_max_learning_rate, stages_spectral_radius
 
 PROFILES = {
     "pipeline": (5, 5, 4, 4, 2, 2, 0, 0),
@@ -69,6 +69,20 @@ def test_against_the_companion_matrix(profile, method):
         hessian = random_hessian(len(delays), seed)
         found = stages_max_learning_rate(hessian, delays, **method)
         assert found == pytest.approx(by_companion(hessian, delays, **method), rel=1e-6)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("method", [{}, {"momentum": 0.9}], ids=str)
+def test_growth_is_the_companion_matrix_s(profile, method):
+    delays, hessian = PROFILES[profile], random_hessian(8, 2)
+    for factor in (0.5, 1.0, 1.3):
+        rate = factor * stages_max_learning_rate(hessian, delays, **method)
+        found = stages_spectral_radius(hessian, delays, learning_rate=rate, **method)
+        expected = companion_radius(hessian, delays, rate, **method)
+        # Directions that no curvature moves stay where they are: a factor of 1.
+        assert max(found, 1.0) == pytest.approx(max(expected, 1.0), abs=1e-7)
+        if len(hessian) == np.linalg.matrix_rank(hessian):
+            assert found == pytest.approx(expected, abs=1e-7)
 
 
 @settings(max_examples=20, deadline=None)

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import brentq, linear_sum_assignment
 
 from asgd_jax.delays import as_integer
-from asgd_jax.stability.arguments import as_momentum
+from asgd_jax.stability.arguments import as_momentum, positive
 
 _POINTS = 1024  # on half the unit circle, at least; and so many a turn of the largest delay
 _POINTS_PER_TURN = 64
@@ -82,6 +82,63 @@ def stages_max_learning_rate(
     # Denser near 0, where large delays with momentum have their edge.
     places = math.pi * (np.arange(1, count + 1) / count) ** 2
     return _first_real(quotients, places)
+
+
+def stages_spectral_radius(
+    hessian: Any,
+    delays: Any,
+    *,
+    learning_rate: float,
+    momentum: float = 0.0,
+    dampening: bool = True,
+) -> float:
+    r"""Factor by which the distance to a minimum grows in an update, under delays by parameter.
+
+    The largest eigenvalue of the companion matrix in the coordinates
+    $y_d = \Lambda^{1/2} U_d^T x_d$, one block for each delay d and each of its past values:
+    $x_d \leftarrow x_d - \eta v_d$ with $v_d \leftarrow m v_d + (1 - d_m) \nabla_d$.
+
+    Args:
+      learning_rate: > 0.
+      hessian, delays, momentum, dampening: as of `stages_max_learning_rate`.
+
+    Returns:
+      The factor, >= 0; above 1 the minimum is unstable.
+
+    Raises:
+      ValueError: as `stages_max_learning_rate` does.
+
+    >>> hessian = [[2.0, 0.5], [0.5, 1.0]]
+    >>> edge = stages_max_learning_rate(hessian, [3, 0])
+    >>> round(stages_spectral_radius(hessian, [3, 0], learning_rate=edge), 6)
+    1.0
+    """
+    rate = positive(learning_rate, "learning_rate")
+    checked = as_momentum(momentum=momentum, kind="heavy_ball", dampening=dampening)
+    values, groups = _by_delay(hessian, delays)
+    root = np.sqrt(values)
+    grams = {delay: root[:, None] * gram * root for delay, gram in groups.items()}
+    size, eye = values.size, np.eye(values.size)
+    # For each delay: the velocity, then y of now, of one update ago, ... as many as it needs.
+    starts, total = {}, 0
+    for delay in grams:
+        starts[delay] = total
+        total += (delay + 2) * size
+    matrix = np.zeros((total, total))
+
+    def block(start: int, number: int) -> slice:
+        return slice(start + number * size, start + (number + 1) * size)
+
+    for delay, gram in grams.items():
+        velocity, now = (block(starts[delay], number) for number in (0, 1))
+        matrix[velocity, velocity] = checked.value * eye
+        for other in grams:
+            matrix[velocity, block(starts[other], 1 + other)] += checked.gain * gram
+        matrix[now] = -rate * matrix[velocity]
+        matrix[now, now] += eye
+        for age in range(delay):
+            matrix[block(starts[delay], 2 + age), block(starts[delay], 1 + age)] = eye
+    return float(np.abs(np.linalg.eigvals(matrix)).max())
 
 
 def _first_real(quotients: Any, places: np.ndarray) -> float:
