@@ -11,7 +11,7 @@ from asgd_jax.training.folder.checkpoint import open_checkpoints
 from asgd_jax.training.folder.metrics import read_rows
 from configs import mnist_cnn
 
-BATCH_NORM = {"model": "mnist_cnn_bn", "width": 0.1, "num_train": 128}
+BATCH_NORM = {"model": "mnist_cnn_bn", "width": 0.1, "num_train": 128, "conv_impl": "lax"}
 CASES = {
     # 16 updates an epoch in rows of 6, 6 and 4: rounds of 4, 2, 4, 2 and 4.
     "momentum": (2, {"momentum": 0.9, "decay_epochs": (1,), "clip_norm": 1.0}),

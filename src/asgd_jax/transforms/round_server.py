@@ -21,7 +21,6 @@ from asgd_jax.transforms.worker_axis import (
 )
 
 WorkerGradient = Callable[[PyTree, PyTree], tuple[PyTree, Any]]
-Predict = Callable[[PyTree, optax.OptState, jax.Array], PyTree]
 
 
 class RoundState(NamedTuple):

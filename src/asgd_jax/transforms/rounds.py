@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 
 from asgd_jax.delays.blocks import Blocks
 from asgd_jax.delays.processes import as_integer
+from asgd_jax.predict import Predict
 from asgd_jax.transforms.history import PyTree, Ring
 from asgd_jax.transforms.recorded_rounds import recorded_rounds
 from asgd_jax.transforms.round_server import (
-    Predict,
     Rounds,
     RoundState,
     WorkerGradient,
