@@ -2,8 +2,8 @@ r"""Delays that differ by layer: where is the edge, and how wrong is the guess o
 
 A deep tanh network on digits descends to a minimum. Layer l of L is then read as old as its stage
 of a pipeline (`delays.pipeline`), and full-batch descent at one learning rate after another stays
-there or leaves. Predicted is `stability.stages_max_learning_rate`, from the top of the Hessian's spectrum
-and from how its vectors lie in the layers.
+there or leaves. Predicted is `stability.stages_max_learning_rate`, from the top of the Hessian's
+spectrum and from how its vectors lie in the layers.
 """
 
 import math

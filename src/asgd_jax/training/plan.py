@@ -13,7 +13,7 @@ from asgd_jax.data import FACTS, BatchPlan, imagenet_normalizer, plan_batches
 from asgd_jax.delays import DelayProcess
 from asgd_jax.training import mesh as devices
 from asgd_jax.training.collectives import collectives_of
-from asgd_jax.training.config import validate_config
+from asgd_jax.training.config import STREAMED, validate_config
 from asgd_jax.training.program import DataSpec, build_run
 from asgd_jax.training.rounds_step import (
     RoundBatch,
@@ -188,6 +188,8 @@ def format_plan(config: ConfigDict, plan: Plan) -> str:
     rows += [f"  {'total':12}{memory.total / 2**20:12,.1f}"]
     every = "an update" if updates == 1 else f"a round of {updates} updates"
     rows += [f"received by a device, {every}: {received / 2**20:,.1f} MiB"]
+    if config.parallelism == "workers" and config.dataset in STREAMED:
+        rows += [f"  and up to {memory.batch / 2**20:,.1f} of images where several processes read"]
     rows += [f"activations as compiled for {jax.default_backend()}; other backends differ"]
     return "\n".join(rows)
 
