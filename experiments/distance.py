@@ -21,6 +21,8 @@ def setting(config: Mapping[str, Any]) -> dict[str, str]:
     if train is None:
         if "measured_delays" in config:
             return _of_minimum(config)
+        if "layers_per_stage" in config:
+            return _of_stages(config)
         return _of_tracks(config) if "same_rate_data" in config else {"sort": _NUMERIC}
     facts = FACTS[train["dataset"]]
     images = train["num_train"] or facts.num_train
@@ -81,6 +83,17 @@ def _of_minimum(config: Mapping[str, Any]) -> dict[str, str]:
         "measured": f"{len(config['measured'])} methods measured at delays "
         f"{_listed(config['measured_delays'])}",
         "data": f"digits, {config['num_train']:,} images, full batch",
+    }
+
+
+def _of_stages(config: Mapping[str, Any]) -> dict[str, str]:
+    """Of edges under delays by layer."""
+    return {
+        "model": f"tanh networks of {_listed(config['num_layers'])} layers, width "
+        f"{config['hidden']}",
+        "stages": f"{_listed(config['layers_per_stage'])} layers a stage",
+        "data": f"digits, {config['num_train']:,} images, full batch",
+        "seeds": f"{len(config['seeds'])} seeds",
     }
 
 

@@ -170,6 +170,12 @@ FAILING = {
         "below h": a_low_rate_leaves,
         "exponent": put("learning_rate", lambda rows: rows.learning_rate * rows.delay**0.5),
     },
+    "stages": {
+        "measured over predicted": scale("measured", 1.2),
+        "edge of the largest delay": scale("measured", 0.1),
+        "edge of the smallest delay": scale("measured", 100.0),
+        "guess of the mean": put("by_mean", lambda rows: rows.measured),
+    },
     "mitigations": {
         "gradient / staleness": scale("threshold", 1.1, method=mitigations.SCALING),
         "DC-ASGD": scale("threshold", 1.1, method=mitigations.DC_ASGD),
