@@ -7,6 +7,9 @@ gradient at $y$, all elementwise. Each takes `staleness=` and `stale_params=`, w
 >>> import asgd_jax, optax
 >>> tx = asgd_jax.delayed(optax.chain(dc_asgd(), optax.sgd(0.1)), delay=4)
 
+To drop gradients that are too old is an option of `delayed` itself (`drop_stale=`), because a
+dropped gradient makes no version of the parameters.
+
 What theory says of each is to be asked of `stability.optimizer_max_learning_rate`, which linearises
 the code. Start reading at `scaling.py`.
 """

@@ -34,6 +34,12 @@ from asgd_jax.transforms.leaf_delays import (
 from asgd_jax.transforms.stale import stale_params
 
 
+class Dropped(NamedTuple):
+    """How many gradients were dropped as too old, int32."""
+
+    num_dropped: jax.Array
+
+
 class DelayedState(NamedTuple):
     """State of `delayed`.
 
@@ -50,7 +56,8 @@ class DelayedState(NamedTuple):
         ones are. An empty tuple when there is no delay. Here and in `history` a leaf whose own
         delay is 0 is an `optax.MaskedNode`.
       key: random key of the delay process, as raw uint32 data.
-      accumulated: gradients of an update that is not due yet; an empty tuple with `every=1`.
+      accumulated: gradients of an update that is not due yet; `Dropped` with `drop_stale`; else an
+        empty tuple.
       inner_state: state of the wrapped optimizer.
     """
 
@@ -73,6 +80,7 @@ def delayed(
     every: int = 1,
     skip_nonfinite: bool = False,
     predict: Predict | None = None,
+    drop_stale: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Delays the gradients that `inner` receives by `delay` updates.
 
@@ -132,12 +140,16 @@ def delayed(
         Called at every update with the live parameters, the state of `inner` and the expected
         staleness (int32, the rounded mean of a random delay; by leaf a pytree). In the start-up
         ramp, too, x_0 is predicted for the whole of it, which shows only with weight decay.
+      drop_stale: int >= 1; a gradient of this staleness or more is dropped and advances nothing: no
+        parameter, no inner state, no version (Ringmaster ASGD). The process goes on with the next
+        gradient, so that what is applied has its distribution below the limit.
 
     Returns:
       A GradientTransformationExtraArgs whose state is a `DelayedState`; `update` needs `params`.
 
     Raises:
-      ValueError: for a delay that is none of these (one that does not fit the parameters: from
+      ValueError: for a `drop_stale` that drops everything, or with `every` or delays by leaf; for a
+        delay that is none of these (one that does not fit the parameters: from
         `init`), for a `history_dtype` that is not floating, for `every` below 1, and from `update`
         when `params` is missing, of other leaves than those of `init`, or `state` one of another
         delay.
@@ -154,11 +166,13 @@ def delayed(
     -0.25
 
     References:
-      Giladi et al., "At Stability's Edge", ICLR 2020, section 2.
+      Giladi et al., "At Stability's Edge", ICLR 2020, section 2. `drop_stale`: Maranjyan, Tyurin,
+      Richtarik, "Ringmaster ASGD", ICML 2025.
     """
     _refuse_traced(delay=delay, every=every, skip_nonfinite=skip_nonfinite)
     process = _process_of(delay)
     every = _check_options(every, history_dtype)
+    _check_drop(drop_stale, process, every)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: PyTree) -> DelayedState:
@@ -176,7 +190,11 @@ def delayed(
                 else ()
             ),
             key=jax.random.PRNGKey(seed),
-            accumulated=init_accumulation(params, every),
+            accumulated=(
+                init_accumulation(params, every)
+                if drop_stale is None
+                else Dropped(jnp.zeros((), jnp.int32))
+            ),
             inner_state=inner_state,
         )
 
@@ -202,13 +220,18 @@ def delayed(
             return made
 
         due, updates, accumulated = accumulate(updates, state.accumulated, every, skip_nonfinite)
+        dropped: bool | jax.Array = False
+        if drop_stale is not None:
+            dropped = state.staleness >= drop_stale
+            due = due & ~dropped
+            accumulated = Dropped(accumulated.num_dropped + jnp.asarray(dropped, jnp.int32))
         updates, inner_state = update_if(due, apply, updates, state.inner_state)
         state = state._replace(
             num_updates=state.num_updates + jnp.asarray(due, jnp.int32),
             accumulated=accumulated,
             inner_state=inner_state,
         )
-        return updates, _turn(state, due, kept, process)
+        return updates, _turn(state, due, dropped, kept, process)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -220,6 +243,23 @@ def _process_of(delay: Any) -> DelayProcess | None:
     if not callable(delay):
         check_integers(delay)
     return None
+
+
+def _check_drop(limit: Any, process: DelayProcess | None, every: int) -> None:
+    if limit is None:
+        return
+    if as_integer(limit, "drop_stale") < 1:
+        raise ValueError("drop_stale must be >= 1, got 0: that drops every gradient")
+    if every > 1:
+        raise ValueError(f"drop_stale={limit} with every={every}: drop or accumulate, not both")
+    if process is None:
+        raise ValueError(
+            f"drop_stale={limit} needs one delay for all leaves: a gradient is dropped as a whole"
+        )
+    if process.pmf is not None and not np.any(np.asarray(process.pmf)[:limit]):
+        raise ValueError(
+            f"drop_stale={limit} drops every gradient of this delay, which is never below it"
+        )
 
 
 class _Kept(NamedTuple):
@@ -269,6 +309,7 @@ def _foresee(
 def _turn(
     state: DelayedState,
     due: bool | jax.Array,
+    dropped: bool | jax.Array,
     kept: _Kept,
     process: DelayProcess | None,
 ) -> DelayedState:
@@ -287,11 +328,14 @@ def _turn(
         staleness = oldest
         stale = read_slot(history, lambda depth: step - jnp.minimum(depth, oldest), params)
     else:
-        staleness = jnp.clip(_draw(process, state.key, step), 0, oldest)
+        # Of the gradients that arrive, the applied and the dropped ones.
+        arrival = step + (state.accumulated.num_dropped if dropped is not False else 0)
+        staleness = jnp.clip(_draw(process, state.key, arrival), 0, oldest)
         stale = read_slot(history, step - staleness, params)
     if due is not True:
-        staleness = jnp.where(due, staleness, state.staleness)
-        stale = jax.tree.map(lambda new, old: jnp.where(due, new, old), stale, state.stale)
+        done = due | dropped  # else the same gradient is still to come
+        staleness = jnp.where(done, staleness, state.staleness)
+        stale = jax.tree.map(lambda new, old: jnp.where(done, new, old), stale, state.stale)
     return state._replace(history=history, staleness=staleness, stale=stale)
 
 
