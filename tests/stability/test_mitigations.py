@@ -7,7 +7,7 @@ import pytest
 
 from asgd_jax.stability import __main__ as command_line
 from asgd_jax.stability import max_learning_rate, stages_max_learning_rate
-from asgd_jax.stability.mitigations import METHODS, method_rows, pipeline_rows
+from asgd_jax.stability.mitigations import MITIGATIONS, method_rows, pipeline_rows
 
 
 def answer(capsys, *arguments):
@@ -31,7 +31,7 @@ def test_a_pipeline_of_one_sharp_direction(capsys):
 
 def test_every_method_at_once(capsys):
     found = answer(capsys, "--delay", "3", "--momentum", "0.9", "--method", "all")
-    assert set(found) == {"no mitigation", "prediction", *METHODS}
+    assert set(found) == {"no mitigation", "prediction", *MITIGATIONS}
     plain = max_learning_rate(3, momentum=0.9)
     assert found["no mitigation"] == pytest.approx(plain)
     assert found["staleness-scaling"] == pytest.approx(3 * plain, rel=1e-6)

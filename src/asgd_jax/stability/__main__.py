@@ -19,7 +19,7 @@ from asgd_jax import delays
 from asgd_jax.command_line import OneLineParser
 from asgd_jax.stability.arguments import KINDS, Delay
 from asgd_jax.stability.mitigations import (
-    METHODS,
+    MITIGATIONS,
     PREDICTION,
     format_rows,
     method_rows,
@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--method",
         metavar="NAME",
         help="of --delay: what a mitigation does to the threshold of heavy ball, read off its "
-        f"code: {', '.join([*METHODS, PREDICTION])}, or all",
+        f"code: {', '.join([*MITIGATIONS, PREDICTION])}, or all",
     )
     parser.add_argument(
         "--optimizer",
@@ -173,7 +173,7 @@ def _answer_rows(options: argparse.Namespace) -> str:
     else:
         if options.delay is None:
             raise ValueError("--method needs --delay: its threshold is that of a constant one")
-        names = [*METHODS, *([PREDICTION] if options.momentum else [])]
+        names = [*MITIGATIONS, *([PREDICTION] if options.momentum else [])]
         chosen = names if options.method == "all" else [options.method]
         rows = method_rows(chosen, delays.as_integer(options.delay, "delay"), **method)
         heading.insert(0, f"delay      {options.delay} updates (constant)")

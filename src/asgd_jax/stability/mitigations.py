@@ -28,7 +28,7 @@ def _before(transform: Callable[[Any, int], optax.GradientTransformation]) -> An
     return lambda rate, delay, inner: optax.chain(transform(rate, delay), inner)
 
 
-METHODS: dict[str, _Method] = {
+MITIGATIONS: dict[str, _Method] = {
     "staleness-scaling": _Method(_before(lambda rate, delay: compensate.staleness_scaling())),
     "delay-adaptive": _Method(_before(lambda rate, delay: compensate.delay_adaptive(delay + 1))),
     "power": _Method(_before(lambda rate, delay: compensate.power_scaling())),
@@ -47,7 +47,7 @@ def method_rows(
     """Returns the threshold without a mitigation, and with each of these, from the code.
 
     Args:
-      names: of `METHODS`, or "prediction" of heavy-ball momentum.
+      names: of `MITIGATIONS`, or "prediction" of heavy-ball momentum.
       delay: int >= 0.
       sharpness, momentum, dampening: of heavy ball, as in `max_learning_rate`.
 
@@ -77,10 +77,10 @@ def method_rows(
 
             rows.append((name, optimizer_max_learning_rate(foresee, 0, sharpness=sharpness)))
             continue
-        if name not in METHODS:
-            known = ", ".join([*METHODS, PREDICTION])
+        if name not in MITIGATIONS:
+            known = ", ".join([*MITIGATIONS, PREDICTION])
             raise ValueError(f"unknown method {name!r}: use {known}, or all")
-        method = METHODS[name]
+        method = MITIGATIONS[name]
 
         def make(rate: Any, method: _Method = method) -> optax.GradientTransformation:
             return method.make(rate, delay, inner(rate))
