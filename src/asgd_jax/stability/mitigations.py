@@ -14,7 +14,7 @@ from asgd_jax.stability.stages import stages_max_learning_rate
 from asgd_jax.stability.thresholds import max_learning_rate
 from asgd_jax.transforms import delayed, momentum_of
 
-Row = tuple[str, float]  # what, and its largest stable learning rate
+Threshold = tuple[str, float]  # what, and its largest stable learning rate
 
 
 class _Method(NamedTuple):
@@ -43,7 +43,7 @@ PREDICTION = "prediction"
 
 def method_rows(
     names: list[str], delay: int, *, sharpness: float, momentum: float, dampening: bool
-) -> list[Row]:
+) -> list[Threshold]:
     """Returns the threshold without a mitigation, and with each of these, from the code.
 
     Args:
@@ -96,7 +96,7 @@ def method_rows(
 
 def pipeline_rows(
     num_stages: int, schedule: str, *, sharpness: float, momentum: float, dampening: bool
-) -> list[Row]:
+) -> list[Threshold]:
     """Returns thresholds of a pipeline, by where the sharpest direction lies in its stages.
 
     Of a Hessian with one sharp direction: its share in every stage is the same, or it lies in the
@@ -126,7 +126,7 @@ def pipeline_rows(
     ]
 
 
-def format_rows(heading: list[str], rows: list[Row]) -> str:
+def format_rows(heading: list[str], rows: list[Threshold]) -> str:
     """Returns the rows as a table for the terminal.
 
     >>> print(format_rows(["delay  3"], [("power", 0.5)]))
