@@ -79,10 +79,7 @@ def test_growth_is_the_companion_matrix_s(profile, method):
         rate = factor * stages_max_learning_rate(hessian, delays, **method)
         found = stages_spectral_radius(hessian, delays, learning_rate=rate, **method)
         expected = companion_radius(hessian, delays, rate, **method)
-        # Directions that no curvature moves stay where they are: a factor of 1.
-        assert max(found, 1.0) == pytest.approx(max(expected, 1.0), abs=1e-7)
-        if len(hessian) == np.linalg.matrix_rank(hessian):
-            assert found == pytest.approx(expected, abs=1e-7)
+        assert found == pytest.approx(expected, abs=1e-7)
 
 
 @settings(max_examples=20, deadline=None)

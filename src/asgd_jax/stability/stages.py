@@ -94,9 +94,10 @@ def stages_spectral_radius(
 ) -> float:
     r"""Factor by which the distance to a minimum grows in an update, under delays by parameter.
 
-    The largest eigenvalue of the companion matrix in the coordinates
-    $y_d = \Lambda^{1/2} U_d^T x_d$, one block for each delay d and each of its past values:
-    $x_d \leftarrow x_d - \eta v_d$ with $v_d \leftarrow m v_d + (1 - d_m) \nabla_d$.
+    The largest eigenvalue of the companion matrix of $s_d \leftarrow s_d - \eta v_d$,
+    $v_d \leftarrow m v_d + g B_d^T \sum_{d'} B_{d'} s_{d'}$ with $s_{d'}$ of d' updates ago, a
+    block for each delay d and each of its past values, where $B_d B_d^T = \Lambda^{1/2} U_d^T U_d
+    \Lambda^{1/2}$: the parameters in as many coordinates as the curvature moves.
 
     Args:
       learning_rate: > 0.
@@ -117,28 +118,37 @@ def stages_spectral_radius(
     checked = as_momentum(momentum=momentum, kind="heavy_ball", dampening=dampening)
     values, groups = _by_delay(hessian, delays)
     root = np.sqrt(values)
-    grams = {delay: root[:, None] * gram * root for delay, gram in groups.items()}
-    size, eye = values.size, np.eye(values.size)
-    # For each delay: the velocity, then y of now, of one update ago, ... as many as it needs.
+    factors = {delay: _factor(root[:, None] * gram * root) for delay, gram in groups.items()}
+    # For each delay: the velocity, then s of now, of one update ago, ... as many as it needs.
     starts, total = {}, 0
-    for delay in grams:
+    for delay, factor in factors.items():
         starts[delay] = total
-        total += (delay + 2) * size
+        total += (delay + 2) * factor.shape[1]
     matrix = np.zeros((total, total))
 
-    def block(start: int, number: int) -> slice:
-        return slice(start + number * size, start + (number + 1) * size)
+    def block(delay: int, number: int) -> slice:
+        size = factors[delay].shape[1]
+        return slice(starts[delay] + number * size, starts[delay] + (number + 1) * size)
 
-    for delay, gram in grams.items():
-        velocity, now = (block(starts[delay], number) for number in (0, 1))
+    for delay, factor in factors.items():
+        eye = np.eye(factor.shape[1])
+        velocity, now = block(delay, 0), block(delay, 1)
         matrix[velocity, velocity] = checked.value * eye
-        for other in grams:
-            matrix[velocity, block(starts[other], 1 + other)] += checked.gain * gram
+        for other, its_factor in factors.items():
+            matrix[velocity, block(other, 1 + other)] += checked.gain * factor.T @ its_factor
         matrix[now] = -rate * matrix[velocity]
         matrix[now, now] += eye
         for age in range(delay):
-            matrix[block(starts[delay], 2 + age), block(starts[delay], 1 + age)] = eye
+            matrix[block(delay, 2 + age), block(delay, 1 + age)] = eye
     return float(np.abs(np.linalg.eigvals(matrix)).max())
+
+
+def _factor(gram: np.ndarray) -> np.ndarray:
+    """Returns B with B B^T the matrix, of as many columns as its rank."""
+    values, vectors = np.linalg.eigh(gram)
+    kept = values > _NEGLIGIBLE * max(values.max(), 0.0)
+    factor: np.ndarray = vectors[:, kept] * np.sqrt(values[kept])
+    return factor
 
 
 def _first_real(quotients: Any, places: np.ndarray) -> float:
