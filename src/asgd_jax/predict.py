@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-PyTree = Any
+from asgd_jax.by_leaf import PyTree, map_staleness
+
 Predict = Callable[[PyTree, optax.OptState, Any], PyTree]
 
 
@@ -55,7 +56,7 @@ def momentum(
             far = rate * (decay - decay ** (1.0 + jnp.asarray(n, jnp.float32))) / (1.0 - decay)
             return (x - (decay * far if nesterov else far) * v).astype(x.dtype)
 
-        return _map(ahead, params, staleness, velocity)
+        return map_staleness(ahead, staleness, params, velocity)
 
     return predict
 
@@ -112,7 +113,7 @@ def adamw(
             direction = mu / (jnp.sqrt(nu / correction) + eps)
             return (decayed * x - rate * total * direction).astype(x.dtype)
 
-        return _map(ahead, params, staleness, first, second)
+        return map_staleness(ahead, staleness, params, first, second)
 
     return predict
 
@@ -166,17 +167,9 @@ def last_update(scale: float = 1.0) -> Predict:
         def ahead(x: jax.Array, u: jax.Array, n: Any) -> jax.Array:
             return (x + scale * jnp.asarray(n, jnp.float32) * u).astype(x.dtype)
 
-        return _map(ahead, params, staleness, last)
+        return map_staleness(ahead, staleness, params, last)
 
     return predict
-
-
-def _map(ahead: Callable[..., Any], params: PyTree, staleness: Any, *trees: PyTree) -> PyTree:
-    """`ahead(x, ..., n)` of every leaf; n is everybody's or the leaf's own."""
-    structures: tuple[Any, Any] = jax.tree.structure(staleness), jax.tree.structure(params)
-    if structures[0] == structures[1]:
-        return jax.tree.map(lambda *leaves: ahead(*leaves), params, *trees, staleness)
-    return jax.tree.map(lambda *leaves: ahead(*leaves, staleness), params, *trees)
 
 
 def _only(state: optax.OptState, name: str, kind: str) -> PyTree:

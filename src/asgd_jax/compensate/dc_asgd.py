@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from asgd_jax.compensate.by_leaf import gap_of
+from asgd_jax.compensate.gap import gap_of
 
 
 class DcAsgdState(NamedTuple):
@@ -56,9 +56,7 @@ def dc_asgd(
         if not adaptive:
             made = jax.tree.map(lambda g, d: g + strength * g * g * d, updates, gap)
             return made, state
-        mean = jax.tree.map(
-            lambda ms, g: decay * ms + (1.0 - decay) * g * g, state.mean_square, updates
-        )
+        mean = optax.tree.update_moment(updates, state.mean_square, decay, 2)
         made = jax.tree.map(
             lambda g, d, ms: g + strength / jnp.sqrt(ms + eps) * g * g * d, updates, gap, mean
         )

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from asgd_jax.compensate.by_leaf import gap_of
+from asgd_jax.compensate.gap import gap_of
 
 
 class DcEmaState(NamedTuple):
@@ -48,9 +48,7 @@ def dc_ema(strength: float = 1.0, *, decay: float = 0.99) -> optax.GradientTrans
         updates: Any, state: DcEmaState, params: Any = None, *, stale_params: Any, **_: Any
     ) -> tuple[Any, DcEmaState]:
         gap = gap_of(params, stale_params, "dc_ema")
-        mean = jax.tree.map(
-            lambda v, g: decay * v + (1.0 - decay) * g * g, state.square_mean, updates
-        )
+        mean = optax.tree.update_moment(updates, state.square_mean, decay, 2)
         made = jax.tree.map(lambda g, v, d: g + strength * v * d, updates, mean, gap)
         return made, DcEmaState(mean)
 

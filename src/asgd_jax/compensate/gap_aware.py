@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from asgd_jax.compensate.by_leaf import gap_of
+from asgd_jax.compensate.gap import gap_of
 
 
 class GapAwareState(NamedTuple):
@@ -80,9 +80,7 @@ def gap_aware(
             velocity = jax.tree.map(lambda v, g: momentum * v + g, velocity, updates)
         number = number + 1
         correction = 1.0 - decay ** number.astype(jnp.float32)
-        mean = jax.tree.map(
-            lambda m, v: decay * m + (1.0 - decay) * v * v, mean, velocity if momentum else updates
-        )
+        mean = optax.tree.update_moment(velocity if momentum else updates, mean, decay, 2)
 
         def shrink(g: jax.Array, d: jax.Array, m: jax.Array) -> jax.Array:
             typical = max_learning_rate * (jnp.sqrt(m / correction) + eps)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from asgd_jax.compensate.by_leaf import map_staleness
+from asgd_jax.by_leaf import map_staleness
 
 
 def staleness_scaling() -> optax.GradientTransformationExtraArgs:
@@ -74,6 +74,10 @@ def _scaled(factor: Callable[[jax.Array], jax.Array]) -> optax.GradientTransform
         updates: Any, state: optax.EmptyState, params: Any = None, *, staleness: Any, **_: Any
     ) -> tuple[Any, optax.EmptyState]:
         del params
-        return map_staleness(lambda g, s: g * factor(s).astype(g.dtype), updates, staleness), state
+
+        def scale(g: jax.Array, s: Any) -> jax.Array:
+            return g * factor(jnp.asarray(s, jnp.float32)).astype(g.dtype)
+
+        return map_staleness(scale, staleness, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

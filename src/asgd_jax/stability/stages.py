@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from scipy.optimize import brentq, linear_sum_assignment
 
-from asgd_jax.delays import as_integer
 from asgd_jax.stability.arguments import as_momentum, positive
+from asgd_jax.transforms.leaf_delays import check_integers
 
 _POINTS = 1024  # on half the unit circle, at least; and so many a turn of the largest delay
 _POINTS_PER_TURN = 64
@@ -228,7 +228,7 @@ def _of_dense(hessian: Any, delays: Any) -> tuple[np.ndarray, list[int], list[np
     if off > _SYMMETRIC * np.abs(matrix).max(initial=0.0):
         raise ValueError(f"hessian must be symmetric: it differs from its transpose by {off:.3g}")
     given = delays.tolist() if isinstance(delays, np.ndarray) else list(delays)
-    each = [as_integer(delay, f"delays[{at}]") for at, delay in enumerate(given)]
+    each: list[int] = check_integers(given, "delays")
     if len(each) != len(matrix):
         raise ValueError(
             f"delays must have an integer for each of the {len(matrix)} rows of hessian, got "
@@ -247,5 +247,5 @@ def _broadcast(delays: Any, tree: Any) -> list[int]:
         raise ValueError(
             f"delays must be a pytree like hessian.vectors, or a prefix of it: {reason}"
         ) from error
-    pairs = jax.tree_util.tree_leaves_with_path(spread)
-    return [as_integer(delay, f"delays{jax.tree_util.keystr(path)}") for path, delay in pairs]
+    each: list[int] = jax.tree.leaves(check_integers(spread, "delays"))
+    return each

@@ -257,18 +257,14 @@ def round_sharding(state: TrainState, mesh: Mesh) -> PyTree:
 def add_round(
     totals: ChunkTotals, metrics: RoundMetrics, step: jax.Array, divergence_loss: float
 ) -> ChunkTotals:
-    """Returns the totals with the updates of a round, up to one that diverges."""
+    """Returns the totals with the updates of a round, which ends with one that diverges."""
 
-    def unfinished(carry: tuple[jax.Array, ChunkTotals]) -> jax.Array:
-        at, totals = carry
-        return (at < metrics.length) & (totals.diverged_at == NOT_DIVERGED)
-
-    def add(carry: tuple[jax.Array, ChunkTotals]) -> tuple[jax.Array, ChunkTotals]:
-        at, totals = carry
+    def add(at: jax.Array, totals: ChunkTotals) -> ChunkTotals:
         one = jax.tree.map(lambda leaf: leaf[at], metrics.each)
-        return at + 1, add_step(totals, one, step + at, divergence_loss)
+        return add_step(totals, one, step + at, divergence_loss)
 
-    return jax.lax.while_loop(unfinished, add, (jnp.zeros((), jnp.int32), totals))[1]
+    added: ChunkTotals = jax.lax.fori_loop(0, metrics.length, add, totals)
+    return added
 
 
 def make_run_rounds(

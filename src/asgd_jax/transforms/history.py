@@ -234,6 +234,9 @@ def check_ring(
     owner: str,
     like: PyTree | None,
     dtype: DTypeLike | None = None,
+    otherwise: str = (
+        "it is the state of another delay; convert it by asgd_jax.resize_history(state, delay)"
+    ),
 ) -> None:
     """Refuses a ring of another depth than `depth`, or that does not store leaves like these.
 
@@ -243,6 +246,7 @@ def check_ring(
       owner: whose it is, for the message.
       like: the pytree that it stores; None checks the depth only.
       dtype: as given to `init_ring`.
+      otherwise: what one of another depth is, and the remedy.
 
     Raises:
       ValueError: naming the leaf, what it has and what it needs, and the remedy.
@@ -254,8 +258,7 @@ def check_ring(
         if leaf.shape[:1] != (needed,):
             raise ValueError(
                 f"the state of {owner} has {leaf.shape[0] if leaf.ndim else 0} slots for "
-                f"{_name(path)} and its delay needs {needed}: it is the state of another delay; "
-                "convert it by asgd_jax.resize_history(state, delay)"
+                f"{_name(path)} and its delay needs {needed}: {otherwise}"
             )
     if like is None:
         return

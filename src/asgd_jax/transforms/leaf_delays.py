@@ -58,8 +58,8 @@ def delays_of_leaves(delay: LeafDelays, params: PyTree) -> PyTree:
     return check_integers(found)
 
 
-def check_integers(delays: PyTree) -> PyTree:
-    """Returns the tree with ints >= 0 for leaves.
+def check_integers(delays: PyTree, owner: str = "delay") -> PyTree:
+    """Returns the tree with ints >= 0 for leaves; `owner` is what messages call it.
 
     Raises:
       ValueError: naming the path of the first that is none, and its value.
@@ -67,7 +67,7 @@ def check_integers(delays: PyTree) -> PyTree:
 
     def check(path: KeyPath, value: Any) -> int:
         value = value.item() if isinstance(value, np.generic) else value
-        return as_integer(value, f"delay{jax.tree_util.keystr(path)}")
+        return as_integer(value, f"{owner}{jax.tree_util.keystr(path)}")
 
     return jax.tree_util.tree_map_with_path(check, delays)
 

@@ -138,15 +138,6 @@ def _means(stack: PyTree, copies: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, copies, *leaf.shape[1:]).mean(1), stack)
 
 
-def _check_depth(ring: Ring, depth: int) -> None:
-    for leaf in jax.tree.leaves(ring):
-        if leaf.shape[0] != depth:
-            raise ValueError(
-                f"the state of rounds(..., Blocks of depth {depth}) has {leaf.shape[0]} versions: "
-                "it is the state of other blocks; go on with those, or make it by init(params)"
-            )
-
-
 def recorded_rounds(
     inner: optax.GradientTransformation, blocks: Blocks, layout: WorkerLayout
 ) -> Rounds:
@@ -172,8 +163,14 @@ def recorded_rounds(
                 "the state of rounds of a recorded schedule has no ring of versions: it is the "
                 "state of a number of workers; make it by init(params)"
             )
-        _check_depth(state.pulled, depth)
-        check_ring(state.pulled, depth, f"rounds(..., Blocks of depth {depth})", state.params)
+        check_ring(
+            state.pulled,
+            depth,
+            f"rounds(..., Blocks of depth {depth})",
+            state.params,
+            otherwise="it is the state of other blocks; go on with those, or make it by "
+            "init(params)",
+        )
         start, place_in_trace = state.count, state.count % blocks.trace.size
         number = jnp.searchsorted(jnp.asarray(blocks.starts), place_in_trace, side="right") - 1
         # The state of another cut may stand within a block, whose batches these are not: of that
