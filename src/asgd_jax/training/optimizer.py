@@ -10,7 +10,10 @@ import optax
 from ml_collections import ConfigDict
 
 from asgd_jax import delays, stability
+from asgd_jax.predict import remember_update
+from asgd_jax.training.staleness import COMPENSATIONS, make_predictor
 from asgd_jax.transforms import delayed, momentum_of
+from asgd_jax.transforms.leaf_delays import LeafDelays
 
 # In numbers of workers; fewer than one gradient in a thousand is older (random: one in e^7).
 _LONGEST_STALENESS = {"random": 7, "normal": 2}
@@ -32,7 +35,7 @@ def make_delay_process(config: ConfigDict, num_updates: int) -> delays.DelayProc
     delay, distribution = config.delay, config.delay_distribution
     if distribution == "trace":
         return _recorded(config.delay_trace, delay)
-    if distribution == "constant" or delay == 0:
+    if distribution in ("constant", "pipeline") or delay == 0:  # of a pipeline the first stage's
         return delays.constant(delay)
     if distribution == "uniform":
         return delays.uniform(1, 2 * delay - 1)
@@ -142,14 +145,20 @@ def make_optimizer(
     process: delays.DelayProcess,
     steps_per_epoch: int,
     values: Values | None = None,
+    *,
+    leaf_delays: LeafDelays | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns `delayed` around the server of `make_server`, with the same arguments."""
+    """Returns `delayed` around the server of `make_server`, with the same arguments.
+
+    `leaf_delays` take the place of the process where leaves have delays of their own.
+    """
     values = values_of(config) if values is None else values
     return delayed(
         make_server(config, process, steps_per_epoch, values),
-        process,
+        process if leaf_delays is None else leaf_delays,
         history_dtype=config.history_dtype,
         seed=values.seed,
+        predict=make_predictor(config, values.momentum, make_multiplier(config, steps_per_epoch)),
     )
 
 
@@ -159,7 +168,7 @@ def make_server(
     steps_per_epoch: int,
     values: Values | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the server: clipping, weight decay, momentum and learning rate.
+    """Returns the server: clipping, compensation, weight decay, momentum and learning rate.
 
     Gradients are stale; clipping, weight decay (`add_decayed_weights`) and the schedule act on the
     server, with live parameters and the server's update count. The learning rate is a value of the
@@ -181,14 +190,19 @@ def make_server(
         clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
         direction = _direction(config, process, values.momentum)
         # AdamW decouples the decay from the preconditioner; elsewhere it is part of the gradient.
-        decoupled = config.optimizer == "adamw"
+        decoupled = config.optimizer in ("adamw", "nadamw")
+        method = config.compensate
+        compensation = [] if method == "none" else [COMPENSATIONS[method](config, learning_rate)]
+        remembered = [remember_update()] if config.predict == "last_update" else []
         return optax.chain(
             *clip,
+            *compensation,
             *([] if decoupled else decay),
             direction,
             *(decay if decoupled else []),
             optax.scale_by_schedule(make_multiplier(config, steps_per_epoch)),
             optax.scale_by_learning_rate(learning_rate),
+            *remembered,
         )
 
     return optax.inject_hyperparams(server)(learning_rate=values.learning_rate)
@@ -197,8 +211,9 @@ def make_server(
 def _direction(
     config: ConfigDict, process: delays.DelayProcess, momentum: float | jax.Array
 ) -> optax.GradientTransformation:
-    if config.optimizer in ("adam", "adamw"):
-        return optax.scale_by_adam()
+    if config.optimizer != "sgd":
+        nesterov = config.optimizer == "nadamw"
+        return optax.scale_by_adam(config.adam_b1, config.adam_b2, nesterov=nesterov)
     return momentum_of(
         momentum if config.momentum else 0.0,
         process,

@@ -19,6 +19,7 @@ from asgd_jax.training.batch_stats import make_chains
 from asgd_jax.training.evaluate import Sums, make_measure
 from asgd_jax.training.mesh import AXIS, make_mesh
 from asgd_jax.training.rounds_step import make_round_step
+from asgd_jax.training.staleness import pipeline_delays
 from asgd_jax.training.state import PyTree, TrainState, make_init
 from asgd_jax.training.step import Preprocess, make_train_step
 from asgd_jax.transforms import stale_params
@@ -30,7 +31,7 @@ class DataSpec(NamedTuple):
     Attributes:
       plan: batch arithmetic of an epoch.
       num_classes: number of labels.
-      image_shape: (height, width, channels) of the model's input.
+      image_shape: (height, width, channels) of the model's input, (characters,) of text.
       preprocess: `preprocess(key, raw images)`: augmentation and normalisation, on the device.
       normalize: `normalize(raw images)`: normalisation alone, for evaluation.
     """
@@ -105,7 +106,9 @@ def build_run(
             divergence_loss=config.divergence_loss,
         )
     else:
-        tx = optimizer.make_optimizer(*arguments)
+        staged = config.delay_distribution == "pipeline" and config.delay > 0
+        leaf_delays = pipeline_delays(config, model, facts.image_shape) if staged else None
+        tx = optimizer.make_optimizer(*arguments, leaf_delays=leaf_delays)
         init_optimizer, stale = tx.init, _stale_of
         advance = make_train_step(
             model,

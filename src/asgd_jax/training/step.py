@@ -104,7 +104,8 @@ def make_gradient(
         if len(labels) == 1 or not jax.tree.leaves(batch_stats):
             # One worker, or samples that nothing couples: one batch is the same and quicker.
             images = images.reshape(-1, *images.shape[2:])
-            loss, error, new_stats = worker_loss(params, batch_stats, images, labels.reshape(-1))
+            labels = labels.reshape(-1, *labels.shape[2:])
+            loss, error, new_stats = worker_loss(params, batch_stats, images, labels)
             return loss, (new_stats, loss, error)
         losses, errors, new_stats = jax.vmap(worker_loss, in_axes=(None, None, 0, 0))(
             params, batch_stats, images, labels

@@ -318,6 +318,8 @@ def _program_key(config: ConfigDict, dataset: Dataset) -> str:
     }
     if not config.momentum:
         fields |= {"momentum_kind": None, "dampening": None}
+    if config.delay_distribution == "pipeline":
+        fields["delays by stage"] = config.delay
     plan = plan_of(config, len(dataset.train_labels))
     fields["samples of an update"] = plan.workers_per_update, plan.worker_batch_size
     fields["rows"] = -(-config.epochs // config.eval_every_epochs)
@@ -340,7 +342,7 @@ def _process(config: ConfigDict, steps_per_epoch: int) -> DelayProcess:
 def stack_values(runs: Runs, leave_loss: float) -> RunValues:
     """Returns the data of all runs, on the host, along a leading axis."""
     steps_per_epoch = runs.shared.facts.plan.steps_per_epoch
-    constant = all(config.delay_distribution == "constant" for config in runs.configs)
+    constant = all(config.delay_distribution in ("constant", "pipeline") for config in runs.configs)
     num_updates = max(config.epochs for config in runs.configs) * steps_per_epoch
     length = 1 if constant else num_updates + 1
     values = [
