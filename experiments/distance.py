@@ -23,6 +23,8 @@ def setting(config: Mapping[str, Any]) -> dict[str, str]:
             return _of_minimum(config)
         if "layers_per_stage" in config:
             return _of_stages(config)
+        if "uniform_delays" in config:
+            return _of_adam(config)
         return _of_tracks(config) if "same_rate_data" in config else {"sort": _NUMERIC}
     facts = FACTS[train["dataset"]]
     images = train["num_train"] or facts.num_train
@@ -30,7 +32,7 @@ def setting(config: Mapping[str, Any]) -> dict[str, str]:
     found = {
         "model": train["model"] if blocks is None else f"{train['model']} of {list(blocks)} blocks",
         "width": f"width {train['width']:g}",
-        "data": f"{train['dataset']}, {images:,} images",
+        "data": f"{train['dataset']}, {images:,} {'windows' if facts.is_text else 'images'}",
         "epochs": f"{train['epochs']:g} epochs",
         "batch": f"batch {config.get('worker_batch_size', train['worker_batch_size'])} a worker",
         "workers": "" if "start" in config else f"{train['num_workers']} workers",
@@ -93,6 +95,18 @@ def _of_stages(config: Mapping[str, Any]) -> dict[str, str]:
         f"{config['hidden']}",
         "stages": f"{_listed(config['layers_per_stage'])} layers a stage",
         "data": f"digits, {config['num_train']:,} images, full batch",
+        "seeds": f"{len(config['seeds'])} seeds",
+    }
+
+
+def _of_adam(config: Mapping[str, Any]) -> dict[str, str]:
+    """Of delayed Adam at its edge."""
+    return {
+        "model": f"tanh networks of {len(config['hidden']) + 1}, {_listed(config['num_layers'])} "
+        f"layers, width {config['hidden'][0]}",
+        "data": f"digits, {config['num_train']:,} images, full batch",
+        "delays": f"delays {_listed(config['uniform_delays'])} and a stage a layer",
+        "updates": f"{config['num_steps']:,} updates",
         "seeds": f"{len(config['seeds'])} seeds",
     }
 

@@ -184,6 +184,17 @@ FAILING = {
         "last update": scale("threshold", 10.0, method=mitigations.REPEATED),
         "a real minimum": scale("measured", 1.2, series="measured"),
     },
+    "eos_adam": {
+        "begins below|over the largest stable one": scale("ratio", 4.0),
+        "oldest stage's delay": scale("by_oldest", 0.1),
+    },
+    "pipeline": {
+        "pipeline's profile": put("validation_loss", 9.0, profile="pipeline"),
+        "whose limit is the lower one": put("validation_loss", 9.0, method="prediction"),
+        "best learning rate without": put(
+            "validation_loss", 0.0, profile="uniform", method="adamw", learning_rate=0.01
+        ),
+    },
     "13": {"distance of the best rate": below_the_others("validation_error")},
     "eos": {
         "starts well below|over h|over the Lyapunov|over the mean edge": scale_both(1.5),
