@@ -23,6 +23,8 @@ def setting(config: Mapping[str, Any]) -> dict[str, str]:
             return _of_minimum(config)
         if "layers_per_stage" in config:
             return _of_stages(config)
+        if "measured_on" in config:
+            return _of_noise(config)
         if "uniform_delays" in config:
             return _of_adam(config)
         return _of_tracks(config) if "same_rate_data" in config else {"sort": _NUMERIC}
@@ -96,6 +98,18 @@ def _of_stages(config: Mapping[str, Any]) -> dict[str, str]:
         "stages": f"{_listed(config['layers_per_stage'])} layers a stage",
         "data": f"digits, {config['num_train']:,} images, full batch",
         "seeds": f"{len(config['seeds'])} seeds",
+    }
+
+
+def _of_noise(config: Mapping[str, Any]) -> dict[str, str]:
+    """Of mean-square edges at minima."""
+    return {
+        "data": " and ".join(config["measured_on"]),
+        "digits": f"{config['num_train']:,} images of digits",
+        "pairs": f"{config['num_pairs']} eigenvectors",
+        "workers": f"{_listed(config['num_workers'])} workers",
+        "batch": f"batches of {_listed(config['batch_sizes'])}",
+        "seeds": f"{len(config['seeds'])} seeds of digits",
     }
 
 

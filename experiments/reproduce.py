@@ -35,7 +35,7 @@ _MODULES = "experiments.figures"
 NUMERIC = ("4", "6", "7", "8", "10")
 TRAINED = (
     *("1", "2", "3", "5", "9", "11", "12", "13"),
-    *("eos", "eos_adam", "mitigations", "pipeline", "stages"),
+    *("eos", "eos_adam", "mitigations", "noise", "pipeline", "stages"),
 )
 PRESETS = ("smoke", "cpu", "paper")
 _WORK = ".work"

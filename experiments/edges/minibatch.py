@@ -68,10 +68,15 @@ def reach_minimum(config: ConfigDict, work: Path) -> Start:
     )
     if not math.isfinite(loss):
         raise ValueError(f"S-SGD diverged at learning rate {config.learning_rate}: lower it")
-    smoothed = partial(cross_entropy, smoothing=config.label_smoothing)
-    loss_fn = batch_mean(config, dataset, smoothed)
+    loss_fn = loss_at_minimum(config, dataset)
     top = curvature.sharpness(loss_fn, params, batches, tol=1e-3)
     return Start(params, loss, float(top.value), error)
+
+
+def loss_at_minimum(config: ConfigDict, dataset: Dataset) -> curvature.LossFn:
+    """Returns the loss that is trained, of (raw images, labels), in evaluation mode."""
+    smoothed = partial(cross_entropy, smoothing=config.label_smoothing)
+    return batch_mean(config, dataset, smoothed)
 
 
 def _trained(config: ConfigDict, dataset: Dataset, file: Path) -> PyTree:

@@ -188,6 +188,11 @@ FAILING = {
         "begins below|over the largest stable one": scale("ratio", 4.0),
         "oldest stage's delay": scale("by_oldest", 0.1),
     },
+    "noise": {
+        "furthest of": put("share", lambda rows: 1.0 - 2.0 * (1.0 - rows.share), series="edge"),
+        "log-log slope": put("share", lambda rows: 1.0 - (1.0 - rows.share) ** 1.5, series="edge"),
+        "below the edge|above the edge": scale("growth", -1.0, series="growth"),
+    },
     "pipeline": {
         "pipeline's profile": put("validation_loss", 9.0, profile="pipeline"),
         "whose limit is the lower one": put("validation_loss", 9.0, method="prediction"),
