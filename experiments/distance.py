@@ -116,7 +116,7 @@ def _of_noise(config: Mapping[str, Any]) -> dict[str, str]:
 def _of_adam(config: Mapping[str, Any]) -> dict[str, str]:
     """Of delayed Adam at its edge."""
     return {
-        "model": f"tanh networks of {len(config['hidden']) + 1}, {_listed(config['num_layers'])} "
+        "model": f"tanh networks of {_listed(config['num_layers'])} "
         f"layers, width {config['hidden'][0]}",
         "data": f"digits, {config['num_train']:,} images, full batch",
         "delays": f"delays {_listed(config['uniform_delays'])} and a stage a layer",

@@ -16,8 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--figure",
         required=True,
-        metavar="N|eos|mitigations|stages|all",
-        help="of the paper, or beyond it; several with commas",
+        metavar="N|NAME|all",
+        help="of the paper by number, or beyond it by name (eos, stages, ...); several with commas",
     )
     parser.add_argument("--preset", default="cpu", help="smoke, cpu (default) or paper")
     parser.add_argument(
