@@ -253,7 +253,10 @@ def _sharpest_stable_minimum(config: ConfigDict, process: DelayProcess) -> dict[
     reasons = {
         "optimizer": config.optimizer != "sgd",
         "momentum_kind": bool(config.momentum) and config.momentum_kind == "nesterov",
-        "delay_distribution": process.pmf is None,
+        "delay_distribution": process.pmf is None
+        or (config.delay_distribution == "pipeline" and config.delay > 0),
+        "predict": config.predict != "none",
+        "compensate": config.compensate != "none",
         "weight_decay": config.weight_decay > 0,
         "clip_norm": config.clip_norm is not None,
         "warmup_epochs": config.warmup_epochs > 0,
