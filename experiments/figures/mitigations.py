@@ -15,7 +15,8 @@ import optax
 import pandas as pd
 
 import asgd_jax
-from asgd_jax import compensate, predict, stability
+from asgd_jax import predict, stability
+from asgd_jax.stability.mitigations import mitigation, predicted_sgd
 from asgd_jax.training.folder.table import Record, add_runs, open_table, run_key
 from asgd_jax.transforms import delayed_sgd
 from experiments import style
@@ -60,13 +61,11 @@ _DECAY = 0.9
 
 
 def _damped(rate: Any) -> optax.GradientTransformation:
-    # As a trace, whose velocity prediction reads; the rate carries the damping.
     return optax.sgd((1.0 - _DECAY) * rate, momentum=_DECAY)
 
 
 def _predicted(rate: Any, delay: int) -> optax.GradientTransformation:
-    foresee = predict.momentum((1.0 - _DECAY) * rate, decay=_DECAY)
-    return asgd_jax.delayed(_damped(rate), delay, predict=foresee)
+    return predicted_sgd(rate, delay, momentum=_DECAY, dampening=True)
 
 
 def _repeated(rate: Any, delay: int) -> optax.GradientTransformation:
@@ -74,18 +73,18 @@ def _repeated(rate: Any, delay: int) -> optax.GradientTransformation:
     return asgd_jax.delayed(inner, delay, predict=predict.last_update())
 
 
-def _after(transform: Callable[[], optax.GradientTransformation]) -> Callable[..., Any]:
+def _with(name: str) -> Callable[[Any, int], optax.GradientTransformation]:
     def make(rate: Any, delay: int) -> optax.GradientTransformation:
-        return asgd_jax.delayed(optax.chain(transform(), optax.sgd(rate)), delay)
+        return asgd_jax.delayed(optax.chain(mitigation(name, rate, delay), optax.sgd(rate)), delay)
 
     return make
 
 
 METHODS: dict[str, Callable[[Any, int], optax.GradientTransformation]] = {
     UNMITIGATED: lambda rate, delay: delayed_sgd(rate, delay),
-    SCALING: _after(compensate.staleness_scaling),
-    POWER: _after(compensate.power_scaling),
-    DC_ASGD: _after(compensate.dc_asgd),
+    SCALING: _with("staleness-scaling"),
+    POWER: _with("power"),
+    DC_ASGD: _with("dc-asgd"),
     DAMPED_MOMENTUM: lambda rate, delay: asgd_jax.delayed(_damped(rate), delay),
     PREDICTED: _predicted,
     SHIFTED_MOMENTUM: lambda rate, delay: delayed_sgd(rate, delay, momentum=_DECAY, kind="shifted"),

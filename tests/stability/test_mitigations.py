@@ -5,8 +5,13 @@ import json
 import numpy as np
 import pytest
 
+from asgd_jax import delays
 from asgd_jax.stability import __main__ as command_line
-from asgd_jax.stability import max_learning_rate, stages_max_learning_rate
+from asgd_jax.stability import (
+    lyapunov_max_learning_rate,
+    max_learning_rate,
+    stages_max_learning_rate,
+)
 from asgd_jax.stability.mitigations import MITIGATIONS, method_rows, pipeline_rows
 
 
@@ -41,6 +46,45 @@ def test_every_method_at_once(capsys):
     assert found["prediction"] > 1.2 * plain
 
 
+def test_random_delays_by_every_criterion(capsys):
+    found = answer(capsys, "--uniform", "1", "4", "--momentum", "0.5", "--method", "delay-adaptive")
+    assert list(found) == ["no mitigation", "delay-adaptive"]
+    plain, adapted = found.values()
+    process = delays.uniform(1, 4)
+    for criterion in ("mean", "mean_square"):
+        expected = max_learning_rate(process, criterion=criterion, momentum=0.5)
+        assert plain[criterion] == expected
+    typical = lyapunov_max_learning_rate(process, momentum=0.5)
+    assert plain["lyapunov"] == typical.value
+    assert (plain["mean_factor"], plain["gain"]) == (1.0, 1.0)
+    # The mean delay is 2.5, rounded 2: gradients older than 3 are scaled by 3/4.
+    assert adapted["mean_factor"] == pytest.approx(0.25 * (3 + 3 / 4))
+    gain = adapted["mean_square"] * adapted["mean_factor"] / plain["mean_square"]
+    assert adapted["gain"] == pytest.approx(gain)
+    for criterion in ("mean", "mean_square", "lyapunov"):
+        assert adapted[criterion] > plain[criterion]
+
+
+def test_dropping_from_a_trace_keeps_its_order(capsys):
+    line = ["--workers", "4", "--schedule", "random", "--updates", "20000", "--method", "drop"]
+    found = answer(capsys, *line)
+    trace = delays.simulate_workers(4, 20_000, schedule="random")
+    assert list(found) == ["no mitigation", "drop from 3", "drop from 6"]  # the mean is below 3
+    for limit in (3, 6):
+        row = found[f"drop from {limit}"]
+        left = trace[trace < limit]
+        expected = lyapunov_max_learning_rate(delays.from_trace(left)).value
+        assert row["lyapunov"] == expected
+        pmf = np.bincount(left) / left.size
+        assert row["mean_square"] == max_learning_rate(pmf, criterion="mean_square")
+        assert row["mean_factor"] == pytest.approx(left.size / trace.size)
+    assert set(answer(capsys, *line, "--drop-stale", "5")) == {"no mitigation", "drop from 5"}
+    assert command_line.main(line) == 0
+    text = capsys.readouterr().out
+    assert "delay      4 workers, random schedule" in text
+    assert "Act on the mean square" in text
+
+
 def test_adam_is_a_damped_heavy_ball(capsys):
     arguments = ["--delay", "0", "--optimizer", "adam", "--sharpness", "38"]
     assert command_line.main([*arguments, "--learning-rate", "0.9"]) == 0
@@ -54,9 +98,16 @@ def test_adam_is_a_damped_heavy_ball(capsys):
     ("arguments", "message"),
     [
         (["--stages", "0"], "num_stages must be >= 1"),
-        (["--stages", "4", "--method", "power"], "--method needs --delay"),
+        (["--stages", "4", "--method", "power"], "--method needs one delay of all leaves"),
         (["--stages", "4", "--schedule", "zigzag"], "unknown schedule 'zigzag'"),
-        (["--uniform", "1", "4", "--method", "power"], "--method needs --delay"),
+        (["--uniform", "1", "4", "--method", "prediction"], "prediction needs --delay"),
+        (
+            ["--uniform", "2", "4", "--method", "drop", "--drop-stale", "2"],
+            "limit=2 leaves nothing",
+        ),
+        (["--uniform", "1", "4", "--method", "magic"], "unknown method 'magic': use staleness-sc"),
+        (["--delay", "4", "--method", "drop"], "drop needs random delays"),
+        (["--delay", "4", "--drop-stale", "2"], "--drop-stale=2 needs --method drop"),
         (["--delay", "4", "--method", "magic"], "unknown method 'magic': use staleness-scaling"),
         (["--delay", "4", "--method", "prediction"], "prediction needs --momentum above 0"),
         (["--delay", "4", "--method", "power", "--kind", "shifted"], "know heavy ball only"),

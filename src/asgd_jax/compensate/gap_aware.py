@@ -22,7 +22,7 @@ class GapAwareState(NamedTuple):
 
 
 def gap_aware(
-    max_learning_rate: float,
+    max_learning_rate: float | jax.Array,
     *,
     momentum: float = 0.0,
     decay: float = 0.999,
@@ -38,7 +38,7 @@ def gap_aware(
     alike. At a minimum the gap vanishes, and with it the effect: it changes no threshold.
 
     Args:
-      max_learning_rate: eta_max > 0, the largest of the schedule.
+      max_learning_rate: eta_max > 0, the largest of the schedule; a traced one is not checked.
       momentum: in [0, 1), of v; that of the optimizer.
       decay, eps: of the running mean.
 
@@ -55,7 +55,7 @@ def gap_aware(
       Barkai, Hakimi, Schuster, "Gap Aware Mitigation of Gradient Staleness", ICLR 2020; as in
       Eliad et al. (FTPipe), USENIX ATC 2021.
     """
-    if not max_learning_rate > 0.0:
+    if not isinstance(max_learning_rate, jax.core.Tracer) and not max_learning_rate > 0.0:
         raise ValueError(f"max_learning_rate must be a number > 0, got {max_learning_rate!r}")
     for name, value in (("momentum", momentum), ("decay", decay)):
         if not 0.0 <= value < 1.0:

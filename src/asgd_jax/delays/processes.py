@@ -181,6 +181,41 @@ def categorical(pmf: Any) -> DelayProcess:
     return DelayProcess(pmf.size - 1, pmf, sample)
 
 
+def below(process: "int | DelayProcess", limit: int) -> DelayProcess:
+    r"""What is left of a process when gradients of staleness `limit` or more are dropped.
+
+    $P(\tau = k \mid \tau < R)$, with R the limit: the staleness that
+    `delayed(..., process, drop_stale=limit)` applies once the start-up ramp is over. A dropped
+    gradient changes nothing and counts as no update, so every stability function answers for
+    dropping when it is given this process. Of all gradients the share $P(\tau < R)$ is applied.
+
+    Args:
+      process: a process with a distribution; an int is the constant one.
+      limit: R >= 1.
+
+    Raises:
+      ValueError: for a limit that leaves nothing, or a process without a distribution. Of a
+        recorded trace what is left is `from_trace(trace[trace < limit])`, in its order.
+
+    >>> below(uniform(1, 8), 3).pmf
+    array([0. , 0.5, 0.5])
+    """
+    limit = as_integer(limit, "limit")
+    process = as_process(process)
+    if process.pmf is None:
+        raise ValueError(
+            "this process has no distribution (pmf=None): of a recorded trace pass what is left "
+            f"of it, from_trace(trace[trace < {limit}])"
+        )
+    kept = process.pmf[:limit]
+    if not kept.any():
+        raise ValueError(
+            f"limit={limit} leaves nothing of this process, whose smallest staleness is "
+            f"{np.flatnonzero(process.pmf)[0]}: raise it above that"
+        )
+    return categorical(kept / kept.sum())
+
+
 def check_trace(trace: Sequence[int] | np.ndarray) -> np.ndarray:
     """Returns recorded staleness as an int32 array of shape (num_updates,).
 
