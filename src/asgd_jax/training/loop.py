@@ -29,7 +29,7 @@ from asgd_jax.training.progress import (
 )
 from asgd_jax.training.setup import Setup, make_validation, set_up
 from asgd_jax.training.state import TrainState, num_params
-from asgd_jax.training.step import gap
+from asgd_jax.transforms import distance_to_stale
 
 
 def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _make_row(config: ConfigDict, setup: Setup) -> Callable[..., metrics.Row]:
     get = setup.placement.get
     validate = make_validation(config, setup)
     stale = setup.run.stale
-    measure_gap = jax.jit(lambda placed: gap(get(placed).params, stale(get(placed))))
+    measure_gap = jax.jit(lambda placed: distance_to_stale(get(placed).params, stale(get(placed))))
     learning_rate = _learning_rate_of(config, steps_per_epoch)
 
     def row_of(
