@@ -1,11 +1,11 @@
-# make demo | test | test-fast | lint | figures | audit | bench. Each sets up .venv first; PYTHON picks the
+# make demo | test | test-fast | matrix | lint | figures | audit | bench | dist. Each sets up .venv first; PYTHON picks the
 # interpreter.
 PYTHON ?= python3
 PY := .venv/bin/python
 # The data sets of a checkout's neighbour, unless the user names a folder.
 export TFDS_DATA_DIR ?= $(firstword $(wildcard ../shared/tfds) $(HOME)/tensorflow_datasets)
 
-.PHONY: demo test test-fast lint figures audit bench format clean
+.PHONY: demo test test-fast matrix lint figures audit bench dist format clean
 .venv/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --requirement requirements.txt
@@ -22,6 +22,15 @@ test: .venv/.installed
 test-fast: .venv/.installed
 	$(PY) -m pytest -n 2 --dist=worksteal -m "not process and not realdata and not slow" \
 		tests/transforms tests/delays tests/stability tests/models
+
+# The core under every supported Python that is installed; VERSIONS="3.12 3.13" for some of them.
+matrix:
+	.ci/matrix $(VERSIONS)
+
+# The wheel and the sdist, in dist/.
+dist: .venv/.installed
+	rm -rf build dist
+	$(PY) -m build
 
 lint: .venv/.installed
 	$(PY) -m ruff check .
@@ -45,4 +54,4 @@ format: .venv/.installed
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .matrix build dist demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -24,6 +24,8 @@ from asgd_jax.transforms import (
     value_and_grad,
 )
 
+__version__ = "0.2.0"
+
 __all__ = [
     "Blocks",
     "DelayGradientsState",
