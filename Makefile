@@ -1,11 +1,11 @@
-# make demo | test | test-fast | matrix | lint | figures | audit | bench | dist. Each sets up .venv first; PYTHON picks the
+# make demo | test | test-fast | matrix | lint | figures | audit | bench | docs | dist. Each sets up .venv first; PYTHON picks the
 # interpreter.
 PYTHON ?= python3
 PY := .venv/bin/python
 # The data sets of a checkout's neighbour, unless the user names a folder.
 export TFDS_DATA_DIR ?= $(firstword $(wildcard ../shared/tfds) $(HOME)/tensorflow_datasets)
 
-.PHONY: demo test test-fast matrix lint figures audit bench dist format clean
+.PHONY: demo test test-fast matrix lint figures audit bench docs dist format clean
 .venv/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --requirement requirements.txt
@@ -26,6 +26,10 @@ test-fast: .venv/.installed
 # The core under every supported Python that is installed; VERSIONS="3.12 3.13" for some of them.
 matrix:
 	.ci/matrix $(VERSIONS)
+
+# The site, in site/; runs the tutorials. `make docs ASGD_JAX_DOCS_RUN=0` only shows them.
+docs: .venv/.installed
+	PYTHONPATH=src:. NO_MKDOCS_2_WARNING=1 ASGD_JAX_DOCS_RUN=$(or $(ASGD_JAX_DOCS_RUN),1) $(PY) -m mkdocs build --strict
 
 # The wheel and the sdist, in dist/.
 dist: .venv/.installed
@@ -54,4 +58,4 @@ format: .venv/.installed
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf .venv .matrix build dist demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .matrix build dist site demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
