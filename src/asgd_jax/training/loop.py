@@ -23,6 +23,7 @@ from asgd_jax.training.placement import Placed
 from asgd_jax.training.progress import (
     Progress,
     add_chunk,
+    describe_row,
     no_progress,
     staleness_summary,
     summarize,
@@ -74,6 +75,7 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
                 row = row_of(placed, totals, epoch, start, stop, seconds)
                 opened.writer.write(row, np.asarray(totals.staleness))
                 reached = add_chunk(reached, totals, row, seconds, time.perf_counter() - started)
+                opened.bar.set_postfix_str(describe_row(row), refresh=False)
                 opened.bar.update(int(totals.steps))
                 if reached.diverged_at is not None:
                     break
