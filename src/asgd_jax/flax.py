@@ -8,9 +8,13 @@ from typing import Any, Self
 
 import jax
 import optax
-from flax import nnx
-from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
-from flax.training import train_state
+
+try:
+    from flax import nnx
+    from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+    from flax.training import train_state
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("asgd_jax.flax needs Flax: pip install flax", name="flax") from error
 
 from asgd_jax.transforms import DelayMetrics, has_history, metrics, stale_params
 

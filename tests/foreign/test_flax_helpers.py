@@ -157,6 +157,19 @@ def assert_close(tree, other):
     jax.tree.map(close, tree, other)
 
 
+def test_an_nnx_loop_is_measured_by_its_states_or_their_arrays():
+    model, optimizer = make()
+    for index in range(2):
+        _, grads = nnx.value_and_grad(nnx_loss)(stale_model(optimizer, model), batch(index))
+        optimizer.update(model, grads)
+    params = nnx.state(model, nnx.Param)
+    measured = asgd_jax.metrics(optimizer.opt_state, params)
+    pure = asgd_jax.metrics(nnx.as_pure(optimizer.opt_state), nnx.as_pure(params))
+    assert [float(value) for value in measured] == [float(value) for value in pure]
+    assert int(measured.staleness) == 2
+    assert float(measured.gap) > 0
+
+
 def test_writing_to_the_stale_model_leaves_the_live_one_alone():
     model, optimizer = make()
     worker = stale_model(optimizer, model)
