@@ -37,13 +37,17 @@ from asgd_jax.stability.random_mitigations import (
 )
 from asgd_jax.stability.report import Question, answer, render
 
+# The console script of the wheel, which is the same program.
+_INSTALLED_AS = "asgd-stability"
+
 _DEFAULT_MOMENTUM = 0.9  # of the table's comparison, when none is given
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
+    installed = Path(sys.argv[0]).stem == _INSTALLED_AS
     parser = OneLineParser(
-        prog="python -m asgd_jax.stability",
+        prog=_INSTALLED_AS if installed else "python -m asgd_jax.stability",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

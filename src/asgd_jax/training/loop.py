@@ -23,13 +23,14 @@ from asgd_jax.training.placement import Placed
 from asgd_jax.training.progress import (
     Progress,
     add_chunk,
+    describe_row,
     no_progress,
     staleness_summary,
     summarize,
 )
 from asgd_jax.training.setup import Setup, make_validation, set_up
 from asgd_jax.training.state import TrainState, num_params
-from asgd_jax.training.step import gap
+from asgd_jax.transforms import distance_to_stale
 
 
 def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> dict[str, Any]:
@@ -74,6 +75,7 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
                 row = row_of(placed, totals, epoch, start, stop, seconds)
                 opened.writer.write(row, np.asarray(totals.staleness))
                 reached = add_chunk(reached, totals, row, seconds, time.perf_counter() - started)
+                opened.bar.set_postfix_str(describe_row(row), refresh=False)
                 opened.bar.update(int(totals.steps))
                 if reached.diverged_at is not None:
                     break
@@ -160,7 +162,7 @@ def _make_row(config: ConfigDict, setup: Setup) -> Callable[..., metrics.Row]:
     get = setup.placement.get
     validate = make_validation(config, setup)
     stale = setup.run.stale
-    measure_gap = jax.jit(lambda placed: gap(get(placed).params, stale(get(placed))))
+    measure_gap = jax.jit(lambda placed: distance_to_stale(get(placed).params, stale(get(placed))))
     learning_rate = _learning_rate_of(config, steps_per_epoch)
 
     def row_of(

@@ -190,10 +190,3 @@ def make_train_step(
 def _with_norm(found: tuple[PyTree, tuple[Any, ...]]) -> tuple[PyTree, tuple[Any, ...]]:
     gradients, rest = found
     return gradients, (*rest, optax.tree.norm(gradients))
-
-
-def gap(params: PyTree, stale: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
-    r"""Returns $|x_t|$, $|x_t - x_{stale}|$ and the latter over the former, Euclidean norms."""
-    norm = optax.tree.norm(params)
-    distance = optax.tree.norm(jax.tree.map(jnp.subtract, params, stale))
-    return norm, distance, distance / norm
