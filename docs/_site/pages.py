@@ -122,7 +122,7 @@ def _results_page() -> str:
 
 _FIGURES_HEAD = """# Figures
 
-The paper's figures and three beyond them, as `results/` of the repository has them: with records,
+The paper's figures and six beyond them, as `results/` of the repository has them: with records,
 configuration, seeds, versions, commit, and every claim with the expected and the measured number.
 `make figures` makes all of it again, `make audit` computes every number again from the records.
 
