@@ -23,6 +23,7 @@ from asgd_jax.training.folder import rerun
 from asgd_jax.training.folder.table import Record, RunTable, add_runs, open_table, run_key
 from asgd_jax.training.optimizer import Values, effective_learning_rate, make_delay_process
 from asgd_jax.training.program import make_model, shape_of_params
+from asgd_jax.training.recorded import is_recorded, refuse_real_workers
 from asgd_jax.training.single_runs import Finished, refuse_options, train_each, with_epochs
 from asgd_jax.training.state import PyTree, num_params
 from asgd_jax.training.sweep_program import (
@@ -199,6 +200,12 @@ def point_config(config: ConfigDict, point: Point) -> ConfigDict:
             kind = config.get_type(field).__name__
             raise ValueError(f"a point has {field}={value!r}: it must be of type {kind}") from error
     validate_config(changed)
+    refuse_real_workers(changed)
+    if is_recorded(changed):
+        raise ValueError(
+            f"delay_trace={changed.delay_trace!r} has batches of its own, which a sweep does not "
+            "replay: use training.train, or a trace of staleness alone"
+        )
     make_model(changed, num_classes=1)  # a bad name or option
     devices.make_mesh(changed.num_devices)
     make_delay_process(changed, 1)  # a bad trace

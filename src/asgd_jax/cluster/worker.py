@@ -1,0 +1,92 @@
+"""A worker of a real run: pulls parameters, computes a gradient on its own batch, pushes it.
+
+`Worker` is a plain class; `cluster.train` makes Ray actors of it, a process each, which XLA gives
+one thread: N of them share a machine's cores without waiting for one another.
+"""
+
+import os
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from asgd_jax import data
+from asgd_jax.cluster.programs import Pushed, make_programs
+from asgd_jax.cluster.server import Task
+from asgd_jax.cluster.worker_times import parse_worker_times
+from asgd_jax.training.command import use_compilation_cache
+from asgd_jax.training.feed import feed_of
+from asgd_jax.training.recorded import num_shards_of
+
+
+class Worker:
+    """See the module.
+
+    Args:
+      worker: 0, ..., num_workers - 1.
+      life: how often this worker was started before.
+      config: of the run.
+      dataset: of the run; arrays in Ray's object store are shared, not copied.
+      constant: whether to compute one gradient and push it again and again: what is left is the
+        cost of the server and the way there.
+    """
+
+    def __init__(
+        self,
+        worker: int,
+        life: int,
+        config: ConfigDict,
+        dataset: data.Dataset,
+        constant: bool = False,
+    ):
+        use_compilation_cache()
+        self._worker, self._life, self._dataset = worker, life, dataset
+        facts = feed_of(config, dataset).facts
+        self._programs = make_programs(config, facts)
+        self._batch_of = data.make_batch_of(config.seed, facts.plan, num_shards_of(config))
+        self._least_time = parse_worker_times(config.worker_times)
+        self._rng = np.random.default_rng((config.seed, worker, life))
+        shapes = jax.eval_shape(self._programs.init).params
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        first = self._compute(Task(0, worker, zeros))  # compiled before the run begins
+        self._constant = first if constant else None
+
+    def ready(self) -> int:
+        """Returns the process id, once everything is compiled."""
+        return os.getpid()
+
+    def run(self, server: Any) -> str:
+        """Works for a server until there is nothing to do; returns why it stopped."""
+        import ray
+
+        try:
+            task = ray.get(server.pull.remote(self._worker, self._life))
+            while task is not None:
+                began = time.perf_counter()
+                pushed = self._compute(task) if self._constant is None else self._constant
+                number, task = task.number, None  # its memory may go
+                self._pause(began)
+                seconds = time.perf_counter() - began
+                handed = server.push.remote(self._worker, self._life, number, pushed, seconds)
+                del pushed
+                task = ray.get(handed)
+        except ray.exceptions.RayActorError:
+            return "server lost"
+        return "finished"
+
+    def _compute(self, task: Task) -> Pushed:
+        samples = self._batch_of(task.number)
+        images, labels = self._dataset.train_images[samples], self._dataset.train_labels[samples]
+        number = np.int32(task.number)
+        pushed: Pushed = jax.device_get(
+            self._programs.gradient(task.params, images, labels, number)
+        )
+        return pushed
+
+    def _pause(self, began: float) -> None:
+        """Sleeps until the gradient has taken as long as it is to take."""
+        if self._least_time is not None:
+            until = began + self._least_time(self._rng, self._worker)
+            time.sleep(max(0.0, until - time.perf_counter()))
