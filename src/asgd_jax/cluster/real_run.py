@@ -175,7 +175,7 @@ def add_snapshot(reached: Progress, snapshot: Snapshot, row: Row, wall_seconds: 
 
 def to_json(reached: Progress, saved: Saved) -> dict[str, Any]:
     """Returns what a checkpoint keeps beside the state."""
-    server = saved._replace(state=None)._asdict()
+    server = {name: value for name, value in saved._asdict().items() if name != "state"}
     server |= {"totals": saved.totals._asdict(), "wasted": saved.wasted._asdict()}
     content: dict[str, Any] = plain({**reached._asdict(), "server": server})
     return content
