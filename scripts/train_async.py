@@ -2,8 +2,8 @@
 
   python scripts/train_async.py --config=configs/X.py[:arm] --workdir=DIR --num_workers=4
 
-The folder is that of train.py, and has updates.csv besides: who pushed what, when and how stale. The
-same command again resumes an interrupted run; --config.FIELD=VALUE overrides a field. Without
+The folder is that of train.py, and has updates.csv besides: who pushed what, when and how stale.
+The same command again resumes an interrupted run; --config.FIELD=VALUE overrides a field. Without
 --address Ray is started on this machine, for this run alone, and listens on the loopback only. Exit
 codes are those of train.py: 0, 2, 75 (stopped by SIGTERM or SIGINT with everything saved), 130.
 """
@@ -71,8 +71,8 @@ def main(arguments: Sequence[str]) -> int:
         summary = train_async(config, workdir, **options)
         final, staleness = summary["final"], summary["staleness"]
         print(
-            f"{summary['status']} after {summary['steps']} updates, {summary['steps_per_second']:.3g} "
-            f"a second: train loss {final['train_loss']:.4g}, "
+            f"{summary['status']} after {summary['steps']} updates, "
+            f"{summary['steps_per_second']:.3g} a second: train loss {final['train_loss']:.4g}, "
             f"validation error {final['validation_error']:.2%}, "
             f"staleness {staleness['mean']:.3g} (at most {staleness['max']}); see {workdir}"
         )

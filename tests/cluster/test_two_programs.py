@@ -25,7 +25,7 @@ def record(folder, versions, batches):
 
 
 def random_record(folder, num_updates, num_shards=1):
-    """Any version at any time: workers that die, are dropped, or are far behind; batches shuffled."""
+    """Any version at any time: workers die, are dropped, are far behind; batches in any order."""
     rng = np.random.default_rng(7)
     versions = [int(rng.integers(max(0, update - 9), update + 1)) for update in range(num_updates)]
     return record(folder, versions, rng.permutation(num_updates + 6)[:num_updates])

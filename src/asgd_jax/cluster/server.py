@@ -34,7 +34,7 @@ from asgd_jax.training.recorded import num_shards_of
 from asgd_jax.training.state import PyTree, TrainState
 from asgd_jax.training.step import gap
 
-# So many gradients refused in a row, with no update between them: nobody's is usable.
+# So many gradients of one worker refused in a row.
 _MOST_REFUSALS = 10
 
 
@@ -176,7 +176,7 @@ class Server:
         self._updates: list[Update] = []
         self._snapshots: list[Snapshot] = []
         self._complaints: list[str] = []
-        self._refusals_in_a_row = 0
+        self._refused: dict[int, int] = {}  # gradients in a row, by worker
         self._ended = self._version >= self._total
         self._started: float | None = None
         self._last_stale = self._state.params  # where the last gradient was taken
@@ -203,6 +203,7 @@ class Server:
           life: how often this worker was started before.
         """
         self._forget(worker)
+        self._refused.pop(worker, None)
         if self._started is None:
             self._started = time.perf_counter()
         task = self._hand_out(worker, life)
@@ -214,11 +215,11 @@ class Server:
     ) -> Task | None:
         """Makes an update of a gradient, or none, and hands out the next task.
 
-        None when there is nothing more to do: the run has ended, or another process has taken this
-        worker's place.
+        None when there is nothing more to do: the run has ended, another process has taken this
+        worker's place, or so many of its gradients were refused that no more are wanted.
         """
         lease = self._under_way.get(worker)
-        if lease is None or lease.life != life or lease.number != number:
+        if self._ended or lease is None or lease.life != life or lease.number != number:
             return None
         if (fault := first_fault(pushed, self._state.params)) is not None:
             task = self._refuse(worker, life, fault)
@@ -283,17 +284,25 @@ class Server:
             self._numbers.give_back(lease.number)
 
     def _refuse(self, worker: int, life: int, fault: str) -> Task | None:
-        self._complaints.append(f"refused a gradient of worker {worker}: {fault}")
+        """Makes no update; sends home who is never right, and ends the run when all are."""
         self._wasted = self._wasted._replace(refused=self._wasted.refused + 1)
-        self._refusals_in_a_row += 1
+        count = self._refused[worker] = self._refused.get(worker, 0) + 1
         self._forget(worker)
-        if self._refusals_in_a_row >= _MOST_REFUSALS and not self._ended:
+        if count == 1:
+            self._complaints.append(f"refused a gradient of worker {worker}: {fault}")
+        if count < _MOST_REFUSALS:
+            return self._hand_out(worker, life)
+        self._complaints.append(f"worker {worker} is sent home: {count} gradients were refused")
+        if (
+            sum(each >= _MOST_REFUSALS for each in self._refused.values())
+            == self._config.num_workers
+        ):
             totals = self._totals._asdict() | {"diverged_at": self._version}
             if not self._totals.steps:
                 totals |= {"loss": np.nan, "error": np.nan}
             self._totals = host_totals(**totals)
             self._end(is_row=True)
-        return self._hand_out(worker, life)
+        return None
 
     async def _wait_for_others(self, worker: int, lease: _Lease) -> None:
         def may_go() -> bool:
@@ -320,7 +329,7 @@ class Server:
         self._updates.append(Update(*row))
         self._totals = _add(self._totals, pushed, staleness, self._version, self._config)
         self._version += 1
-        self._refusals_in_a_row = 0
+        self._refused.pop(worker, None)
         self._last_stale = pulled.params
         length = self._config.log_every_steps or self._facts.plan.steps_per_epoch
         place = self._version % self._facts.plan.steps_per_epoch
