@@ -111,7 +111,7 @@ def test_workers_and_server_are_killed_and_the_replay_has_the_same_bits(
     killed = []
 
     def kill():
-        for at, name in ((20, "ray::Worker"), (60, "ray::Server"), (100, "ray::Worker")):
+        for at, name in ((20, "ray::Worker"), (60, "ray::ServerActor"), (100, "ray::Worker")):
             assert wait_until(lambda at=at: num_updates(tmp_path) >= at)
             (pid, *_) = descendants(os.getpid(), name)
             os.kill(pid, signal.SIGKILL)

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from asgd_jax.cluster.server import Saved, Server
+from asgd_jax.cluster.exchange import ServerActor
+from asgd_jax.cluster.server import Saved
 from asgd_jax.cluster.session import worker_environment
 from asgd_jax.cluster.worker import Worker
 
@@ -47,8 +48,12 @@ class Crew:
 
     def _hire(self, worker: int, life: int, early_deaths: int) -> Hired:
         environment = worker_environment(accelerator=self._gpus > 0)
+        # A second thread: the server's node asks for a channel while the worker runs.
         kind = self._ray.remote(Worker).options(
-            num_cpus=1, num_gpus=self._gpus, runtime_env={"env_vars": environment}
+            num_cpus=1,
+            num_gpus=self._gpus,
+            max_concurrency=2,
+            runtime_env={"env_vars": environment},
         )
         actor = kind.remote(worker, life, self._config, self._dataset, self._constant)
         return Hired(actor, life, early_deaths)
@@ -60,7 +65,7 @@ class Crew:
           ValueError: where the cluster has no room for all of them.
           ServerLost: where the server died at once.
         """
-        kind = self._ray.remote(Server).options(
+        kind = self._ray.remote(ServerActor).options(
             num_cpus=1, runtime_env={"env_vars": worker_environment()}
         )
         server = kind.remote(self._config, self._dataset, saved)

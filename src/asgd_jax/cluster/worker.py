@@ -1,6 +1,6 @@
 """A worker of a real run: pulls parameters, computes a gradient on its own batch, pushes it.
 
-`Worker` is a plain class; `cluster.train` makes Ray actors of it, a process each, which XLA gives
+`Worker` is a plain class; `cluster.crew` makes Ray actors of it, a process each, which XLA gives
 one thread: N of them share a machine's cores without waiting for one another.
 """
 
@@ -13,12 +13,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from asgd_jax import data
+from asgd_jax.cluster.exchange import node_id, num_bytes_of, open_channel
 from asgd_jax.cluster.programs import Pushed, make_programs
-from asgd_jax.cluster.server import Task
 from asgd_jax.cluster.worker_times import parse_worker_times
 from asgd_jax.training.command import use_compilation_cache
 from asgd_jax.training.feed import feed_of
 from asgd_jax.training.recorded import num_shards_of
+from asgd_jax.training.state import PyTree
 
 
 class Worker:
@@ -50,8 +51,9 @@ class Worker:
         self._rng = np.random.default_rng((config.seed, worker, life))
         shapes = jax.eval_shape(self._programs.init).params
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-        first = self._compute(Task(0, worker, zeros))  # compiled before the run begins
+        first = self._compute(worker, zeros)  # compiled before the run begins
         self._constant = first if constant else None
+        self._num_bytes = num_bytes_of(first)
 
     def ready(self) -> int:
         """Returns the process id, once everything is compiled."""
@@ -62,28 +64,32 @@ class Worker:
         import ray
 
         try:
-            task = ray.get(server.pull.remote(self._worker, self._life))
-            while task is not None:
+            here, size = ray.get_runtime_context().current_actor, self._num_bytes
+            up = open_channel(server, ray.get(server.node.remote()), size)
+            down = ray.get(server.connect.remote(self._worker, self._life, up, here, node_id()))
+            header = ray.get(server.begin.remote(self._worker, self._life))
+            while header is not None:
                 began = time.perf_counter()
-                pushed = self._compute(task) if self._constant is None else self._constant
-                number, task = task.number, None  # its memory may go
+                # What was read must have no other reference: the server's next write waits for it.
+                up.write(self._answer(header.number, down.read()))
                 self._pause(began)
                 seconds = time.perf_counter() - began
-                handed = server.push.remote(self._worker, self._life, number, pushed, seconds)
-                del pushed
-                task = ray.get(handed)
+                answer = server.exchange.remote(self._worker, self._life, header.number, seconds)
+                header = ray.get(answer)
         except ray.exceptions.RayActorError:
             return "server lost"
         return "finished"
 
-    def _compute(self, task: Task) -> Pushed:
-        samples = self._batch_of(task.number)
+    def _answer(self, number: int, params: PyTree) -> Pushed:
+        return self._compute(number, params) if self._constant is None else self._constant
+
+    def _compute(self, number: int, params: PyTree) -> Pushed:
+        samples = self._batch_of(number)
         images, labels = self._dataset.train_images[samples], self._dataset.train_labels[samples]
-        number = np.int32(task.number)
-        pushed: Pushed = jax.device_get(
-            self._programs.gradient(task.params, images, labels, number)
+        found: Pushed = jax.device_get(
+            self._programs.gradient(params, images, labels, np.int32(number))
         )
-        return pushed
+        return found
 
     def _pause(self, began: float) -> None:
         """Sleeps until the gradient has taken as long as it is to take."""
