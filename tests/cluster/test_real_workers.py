@@ -121,7 +121,7 @@ def test_workers_and_server_are_killed_and_the_replay_has_the_same_bits(
     killer.start()
     summary = train_async(small_config, tmp_path, progress=False)
     killer.join()
-    assert killed == ["ray::Worker", "ray::Server", "ray::Worker"]
+    assert killed == ["ray::Worker", "ray::ServerActor", "ray::Worker"]
     assert summary["status"] == "completed"
     assert summary["steps"] == 160
     assert summary["worker_restarts"] >= 2

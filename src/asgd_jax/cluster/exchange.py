@@ -2,14 +2,16 @@
 
 An ordinary object is created, sealed, announced and freed at every update, which takes Ray more
 time than the update itself. A channel is one object in shared memory that its writer overwrites: on
-a node an array is copied once into it and read in place; between nodes Ray sends what was written.
+a node an array is copied into it and out of it; between nodes Ray sends what was written.
 A worker and the server take turns, so no one waits for a channel: a small call says that there is
 something to read, and its answer that there is something to read on the other side.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from asgd_jax.cluster.programs import Pushed
@@ -34,12 +36,12 @@ class Line(NamedTuple):
 
     Attributes:
       life: of the worker.
-      up: written by the worker.
+      take: from the channel that the worker writes to, see `make_take`.
       down: written by the server.
     """
 
     life: int
-    up: Any
+    take: Callable[[], Any]
     down: Any
 
 
@@ -56,6 +58,40 @@ def open_channel(reader: Any, node: str, num_bytes: int) -> Any:
 
     writer = ray.get_runtime_context().current_actor
     return Channel(writer, [(reader, node)], num_bytes + _SLACK)
+
+
+def make_take(channel: Any) -> Callable[[], Any]:
+    """Returns `take()`: a copy of what was written; the channel is free for the next message.
+
+    A copy, because JAX holds arrays that it was given for longer than it computes on them: until it
+    is called again, which is when the next message has come. It is made in the same memory every
+    time, so that what was taken is to be used before the next call.
+    """
+    kept: Any = None
+
+    def take() -> Any:
+        nonlocal kept
+        value = channel.read()
+        if _layout(kept) != _layout(value):
+            kept = jax.tree.map(_empty_like, value)
+        for into, leaf in zip(jax.tree.leaves(kept), jax.tree.leaves(value), strict=True):
+            np.copyto(into, leaf)
+        return kept
+
+    return take
+
+
+def _layout(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(np.shape(leaf), np.asarray(leaf).dtype) for leaf in leaves]
+
+
+def _empty_like(leaf: Any) -> np.ndarray:
+    """An array that begins at a multiple of 64 bytes, which JAX uses in place."""
+    leaf = np.asarray(leaf)
+    room = np.empty(leaf.nbytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + leaf.nbytes].view(leaf.dtype).reshape(leaf.shape)
 
 
 def node_id() -> str:
@@ -85,7 +121,7 @@ class ServerActor(Server):
     async def connect(self, worker: int, life: int, up: Any, reader: Any, node: str) -> Any:
         """Returns the channel back to a worker, given the one from it."""
         down = open_channel(reader, node, num_bytes_of(self._state.params))
-        self._lines[worker] = Line(life, up, down)
+        self._lines[worker] = Line(life, make_take(up), down)
         return down
 
     async def begin(self, worker: int, life: int) -> Header | None:
@@ -99,7 +135,7 @@ class ServerActor(Server):
         line = self._lines[worker]
         if line.life != life:  # another process has taken its place
             return None
-        pushed: Pushed = line.up.read()
+        pushed: Pushed = line.take()
         return self._send(
             worker, life, await self.push(worker, life, number, pushed, compute_seconds)
         )

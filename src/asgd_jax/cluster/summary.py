@@ -84,7 +84,8 @@ def summarize_run(
         **_of_updates(workdir, reached, count),
         "wasted": wasted._asdict(),
         "worker_restarts": restarts,
-        "bytes_copied_per_update": 8 * made,  # a gradient and a parameter set, float32
+        # A gradient and a parameter set, float32, each into a channel and out of it.
+        "bytes_copied_per_update": 16 * made,
         "batches": run.feed.facts.plan._asdict(),
         "num_params": made,
         "steps_per_second": reached.step / max(reached.train_seconds, 1e-9),

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from asgd_jax import data
-from asgd_jax.cluster.exchange import node_id, num_bytes_of, open_channel
+from asgd_jax.cluster.exchange import make_take, node_id, num_bytes_of, open_channel
 from asgd_jax.cluster.programs import Pushed, make_programs
 from asgd_jax.cluster.worker_times import parse_worker_times
 from asgd_jax.training.command import use_compilation_cache
@@ -67,11 +67,11 @@ class Worker:
             here, size = ray.get_runtime_context().current_actor, self._num_bytes
             up = open_channel(server, ray.get(server.node.remote()), size)
             down = ray.get(server.connect.remote(self._worker, self._life, up, here, node_id()))
+            take = make_take(down)
             header = ray.get(server.begin.remote(self._worker, self._life))
             while header is not None:
                 began = time.perf_counter()
-                # What was read must have no other reference: the server's next write waits for it.
-                up.write(self._answer(header.number, down.read()))
+                up.write(self._answer(header.number, take()))
                 self._pause(began)
                 seconds = time.perf_counter() - began
                 answer = server.exchange.remote(self._worker, self._life, header.number, seconds)
