@@ -18,9 +18,11 @@ if importlib.util.find_spec("ray") is None:
 
 from asgd_jax.cluster.log import UPDATES_FILE
 from asgd_jax.cluster.session import open_ray
+from asgd_jax.cluster.sweeps import on_cluster
 from asgd_jax.cluster.train import train_async
 from asgd_jax.training.folder.metrics import read_rows
 from asgd_jax.training.recorded import read_updates
+from asgd_jax.training.sweep import sweep
 
 # All in one process of the suite: one cluster, and its workers beside one another.
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("ray")]
@@ -157,6 +159,31 @@ def test_a_straggler_is_dropped_or_waited_for(ray, small_config, tmp_path):
     assert summary["wasted"]["dropped"] == 0
     assert summary["wasted"]["waited_seconds"] > 0.3
     assert summary["workers"]["updates"][0] >= 1
+
+
+def test_a_sweep_on_the_cluster_survives_its_processes(ray, small_config, tmp_path):
+    """The same rows as here, while a process that makes them is killed; what is done stays done."""
+    small_config.update(delay=2, epochs=2, num_workers=3)
+    points = [{"learning_rate": rate, "seed": seed} for rate in (0.05, 0.1) for seed in range(3)]
+    expected = sweep(small_config, points, progress=False)
+
+    def kill():
+        name = "ray::run_part"
+        assert wait_until(lambda: descendants(os.getpid(), name), 200)
+        os.kill(descendants(os.getpid(), name)[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    with on_cluster(None):
+        killer.start()
+        found = sweep(small_config, points, work=tmp_path, progress=False)
+        killer.join()
+        again = sweep(small_config, points, work=tmp_path, progress=False)
+    assert [row["train_loss"] for row in again] == [row["train_loss"] for row in found]
+    assert len(found) == len(expected) == 12
+    for row, other in zip(found, expected, strict=True):
+        assert row["seed"] == other["seed"]
+        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+    assert len((tmp_path / "records.csv").read_text().splitlines()) == 13
 
 
 def start(workdir, *arguments):
