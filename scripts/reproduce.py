@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--figure",
         required=True,
-        metavar="N|eos|mitigations|stages|all",
+        metavar="N|async|eos|mitigations|stages|all",
         help="of the paper, or beyond it; several with commas",
     )
     parser.add_argument("--preset", default="cpu", help="smoke, cpu (default) or paper")
