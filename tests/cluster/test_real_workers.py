@@ -226,6 +226,10 @@ def test_driver_killed_then_stopped_then_finished_and_no_process_stays(tmp_path)
     started = descendants(process.pid, "ray")
     assert len(started) >= 5
     assert listening([process.pid, *started]) == []
+    assert all(
+        b"RAY_AUTH_MODE=token" in Path(f"/proc/{pid}/environ").read_bytes()
+        for pid in descendants(process.pid, "raylet")
+    )
     process.kill()
     process.communicate()
     # Ray's own two agents try for a minute to tell their dead head of it.

@@ -184,6 +184,18 @@ FAILING = {
         "last update": scale("threshold", 10.0, method=mitigations.REPEATED),
         "a real minimum": scale("measured", 1.2, series="measured"),
     },
+    "async": {
+        "equal bits": put("value", 0.0, kind="equal bits"),
+        "relative difference of train loss": scale("value", 1.1, source="replay"),
+        "mean staleness": scale("at", 2.0, kind="staleness", source="measured"),
+        "distance of measured": put(
+            "at", lambda rows: rows["at"] + 1, kind="staleness", source="measured"
+        ),
+        "largest staleness where|where it is dropped": scale(
+            "value", 2.0, kind="largest staleness"
+        ),
+        "time of waiting": scale("value", 0.1, kind="seconds", policy="wait"),
+    },
     "13": {"distance of the best rate": below_the_others("validation_error")},
     "eos": {
         "starts well below|over h|over the Lyapunov|over the mean edge": scale_both(1.5),

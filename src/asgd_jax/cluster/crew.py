@@ -106,7 +106,7 @@ class Crew:
 
         Raises:
           ServerLost: when the worker found no server.
-          RuntimeError: when a worker dies again and again.
+          OSError: when a worker dies again and again.
         """
         worker = self._running.pop(reference)
         try:
@@ -120,7 +120,7 @@ class Crew:
         early = 0 if productive else hired.early_deaths + 1
         reason = next((line for line in str(error).splitlines() if line.strip()), "it ended")
         if early >= _MOST_EARLY_DEATHS:
-            raise RuntimeError(
+            raise OSError(
                 f"worker {worker} died {early} times before its first update: {reason}"
             ) from error
         self.deaths += 1

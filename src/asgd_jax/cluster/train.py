@@ -66,8 +66,7 @@ def train_async(
       ValueError: for a bad configuration, a folder that holds another run, a cluster that is not
         there or has no room; where Ray is not installed.
       DatasetNotFoundError: when the data is neither prepared nor downloadable.
-      OSError: when the folder cannot be written to, or the server dies again and again.
-      RuntimeError: when a worker does, or its program fails.
+      OSError: when the folder cannot be written to, or server or worker die again and again.
       Preempted: after SIGTERM or SIGINT, once the state is saved.
     """
     started = time.perf_counter()
