@@ -200,6 +200,18 @@ FAILING = {
             "validation_loss", 0.0, profile="uniform", method="adamw", learning_rate=0.01
         ),
     },
+    "async": {
+        "equal bits": put("value", 0.0, kind="equal bits"),
+        "relative difference of train loss": scale("value", 1.1, source="replay"),
+        "mean staleness": scale("at", 2.0, kind="staleness", source="measured"),
+        "distance of measured": put(
+            "at", lambda rows: rows["at"] + 1, kind="staleness", source="measured"
+        ),
+        "largest staleness where|where it is dropped": scale(
+            "value", 2.0, kind="largest staleness"
+        ),
+        "time of waiting": scale("value", 0.1, kind="seconds", policy="wait"),
+    },
     "13": {"distance of the best rate": below_the_others("validation_error")},
     "eos": {
         "starts well below|over h|over the Lyapunov|over the mean edge": scale_both(1.5),

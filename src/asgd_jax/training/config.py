@@ -17,7 +17,15 @@ from asgd_jax.training.staleness import COMPENSATIONS, PREDICTIONS, refuse_combi
 STREAMED = ("imagenet2012",)  # data sets that are read from disk while training
 _IN_MEMORY_ONLY = ("normalize", "num_train", "num_validation", "augment")
 _CHOICES = {
-    "delay_distribution": ("constant", "uniform", "normal", "workers", "trace", "pipeline"),
+    "delay_distribution": (
+        "constant",
+        "uniform",
+        "normal",
+        "workers",
+        "trace",
+        "pipeline",
+        "measured",
+    ),
     "learning_rate_rule": ("none", "inverse", "exact", "sqrt"),
     "momentum_kind": ("heavy_ball", "nesterov", "shifted"),
     "optimizer": ("sgd", "adam", "adamw", "nadamw"),
@@ -26,6 +34,8 @@ _CHOICES = {
     "weight_decay_on": ("all", "kernels"),
     "worker_schedule": ("random", "normal"),
     "batch_stats": BATCH_STATS_MODES,
+    "worker_data": ("whole", "shard"),
+    "staleness_policy": ("drop", "wait"),
     "parallelism": ("jit", "pmap", "workers"),
 }
 _POSITIVE = (
@@ -73,11 +83,15 @@ def default_config() -> ConfigDict:
     config.num_workers = 32
     config.worker_batch_size = 64  # samples of one gradient
     config.delay = 0  # updates between pull and push; (delay + 1) divides num_workers
-    # constant, uniform, normal, workers, trace; pipeline: delay + 1 stages, `delay` the first one's
+    # constant, uniform, normal, workers, trace; pipeline: delay + 1 stages, the first one's is
+    # `delay`; measured: what real workers do
     config.delay_distribution = "constant"
     config.delay_std = 1.0  # of the normal distribution, in updates
     config.worker_schedule = "random"  # of delay_distribution=workers: random or normal
-    config.delay_trace = placeholder(str)  # .npy or text file of staleness, one entry an update
+    # .npy or text file of staleness, one entry an update; or the updates.csv of real workers, which
+    # is replayed with its batches.
+    config.delay_trace = placeholder(str)
+    _add_real_workers(config)
     config.history_dtype = placeholder(str)  # None: that of the parameters
     config.predict = "none"  # what workers pull: none, optimizer (its prediction), last_update
     # What the server does to stale gradients: none, or a method of `asgd_jax.compensate`.
@@ -111,6 +125,16 @@ def default_config() -> ConfigDict:
     config.checkpoint_every_steps = placeholder(int)  # besides; None: only by epochs
     config.keep_checkpoints = 3  # the last ones; the one of least validation error stays too
     return config
+
+
+def _add_real_workers(config: ConfigDict) -> None:
+    """What only real workers heed (scripts/train_async.py); a replay heeds worker_data as well."""
+    config.worker_data = "whole"  # whole, shard: what a worker takes its batches from
+    config.max_staleness = placeholder(int)  # in updates; None: no limit
+    config.staleness_policy = "drop"  # beyond max_staleness: drop, wait
+    # What a gradient takes at least, in seconds: "constant .05", "lognormal .05 .5" (mean, sigma),
+    # "straggler .05 10" (worker 0 takes 10 times as long). None: no more than it takes.
+    config.worker_times = placeholder(str)
 
 
 def _add_devices(config: ConfigDict) -> None:

@@ -81,7 +81,7 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
                     break
                 more = reached.step < plan.steps_per_epoch * config.epochs
                 stopping = opened.stop_requested() and more
-                if stopping or _is_checkpoint_due(config, plan, reached.step, totals):
+                if stopping or is_checkpoint_due(config, plan, reached.step, totals):
                     reached = reached._replace(metrics_bytes=opened.writer.num_bytes())
                     error = row.get("validation_error")
                     state = setup.placement.get(placed)
@@ -119,7 +119,7 @@ def _open_run(config: ConfigDict, setup: Setup, workdir: Path, progress: bool) -
         placed = setup.placement.put(state)
         if placed is not state:  # under pmap a copy a device: two states may not fit
             jax.tree.map(lambda leaf: leaf.delete(), state)
-        writer = _open_folder(config, workdir, reached)
+        writer = open_folder(config, workdir, reached)
         stack.callback(writer.close)
         total = plan.steps_per_epoch * config.epochs
         bar = progress_bar(total, unit="step", initial=reached.step, show=progress)
@@ -144,7 +144,7 @@ def _resume(
     return state, reached
 
 
-def _open_folder(config: ConfigDict, workdir: Path, reached: Progress) -> metrics.Writer:
+def open_folder(config: ConfigDict, workdir: Path, reached: Progress) -> metrics.Writer:
     """Makes the run's folder ready to go on from `reached`; only the first process writes files."""
     if jax.process_index() != 0:
         return metrics.silent_writer()
@@ -163,7 +163,7 @@ def _make_row(config: ConfigDict, setup: Setup) -> Callable[..., metrics.Row]:
     validate = make_validation(config, setup)
     stale = setup.run.stale
     measure_gap = jax.jit(lambda placed: distance_to_stale(get(placed).params, stale(get(placed))))
-    learning_rate = _learning_rate_of(config, steps_per_epoch)
+    learning_rate = learning_rate_of(config, steps_per_epoch)
 
     def row_of(
         placed: Placed, totals: ChunkTotals, epoch: int, start: int, stop: int, seconds: float
@@ -181,7 +181,7 @@ def _make_row(config: ConfigDict, setup: Setup) -> Callable[..., metrics.Row]:
             **summarize(totals),
         }
         diverged = totals.diverged_at != NOT_DIVERGED
-        if _is_evaluated(config, steps_per_epoch, epoch, stop) or diverged:
+        if is_evaluated(config, steps_per_epoch, epoch, stop) or diverged:
             loss, error = validate(get(placed._replace(opt_state=())))
             row |= {"validation_loss": float(loss), "validation_error": float(error)}
         return row
@@ -202,7 +202,7 @@ def chunk_bounds(
                 yield epoch, first, stop
 
 
-def _is_checkpoint_due(config: ConfigDict, plan: BatchPlan, step: int, totals: ChunkTotals) -> bool:
+def is_checkpoint_due(config: ConfigDict, plan: BatchPlan, step: int, totals: ChunkTotals) -> bool:
     """Whether the chunk that ended at `step` ended the run, an epoch or so many steps."""
     before = step - int(totals.steps)
     periods = (
@@ -213,12 +213,12 @@ def _is_checkpoint_due(config: ConfigDict, plan: BatchPlan, step: int, totals: C
     return any(period and step // period > before // period for period in periods)
 
 
-def _is_evaluated(config: ConfigDict, steps_per_epoch: int, epoch: int, stop: int) -> bool:
+def is_evaluated(config: ConfigDict, steps_per_epoch: int, epoch: int, stop: int) -> bool:
     due = (epoch + 1) % config.eval_every_epochs == 0 or epoch + 1 == config.epochs
     return stop == steps_per_epoch and due
 
 
-def _learning_rate_of(config: ConfigDict, steps_per_epoch: int) -> Callable[[int], float]:
+def learning_rate_of(config: ConfigDict, steps_per_epoch: int) -> Callable[[int], float]:
     """Returns the learning rate of the last of `step` updates, regime included."""
     peak = optimizer.effective_learning_rate(config)
     multiplier = jax.jit(optimizer.make_multiplier(config, steps_per_epoch))

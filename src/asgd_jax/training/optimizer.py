@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from asgd_jax import delays, stability
 from asgd_jax.predict import remember_update
+from asgd_jax.training.recorded import read_updates
 from asgd_jax.training.staleness import COMPENSATIONS, make_predictor
 from asgd_jax.transforms import delayed, momentum_of
 from asgd_jax.transforms.leaf_delays import LeafDelays
@@ -26,7 +27,7 @@ def make_delay_process(config: ConfigDict, num_updates: int) -> delays.DelayProc
     constant tau; uniform on {1, ..., 2 tau - 1}; normal of mean tau and `delay_std`; workers: a
     simulation of N workers under `worker_schedule`, whose gradients count as no older than 7 N
     updates (2 N under "normal"), so that the history is as deep however long the run is; trace:
-    the integers of `delay_trace`.
+    the integers of `delay_trace`, or the column of the updates.csv of real workers.
 
     Raises:
       ValueError: for a trace file that cannot be read, holds anything but staleness, or has a mean
@@ -35,6 +36,11 @@ def make_delay_process(config: ConfigDict, num_updates: int) -> delays.DelayProc
     delay, distribution = config.delay, config.delay_distribution
     if distribution == "trace":
         return _recorded(config.delay_trace, delay)
+    if distribution == "measured":
+        raise ValueError(
+            "delay_distribution='measured' is that of real workers: run scripts/train_async.py, or "
+            "replay its updates.csv by delay_distribution='trace' and delay_trace=FILE"
+        )
     if distribution in ("constant", "pipeline") or delay == 0:  # of a pipeline the first stage's
         return delays.constant(delay)
     if distribution == "uniform":
@@ -64,6 +70,8 @@ def _longest_staleness(config: ConfigDict) -> int:
 
 
 def _recorded(file: str, delay: int) -> delays.DelayProcess:
+    if Path(file).suffix == ".csv":  # of real workers: their number is the configuration's
+        return delays.from_trace(read_updates(file).staleness)
     trace = _read_trace(file)
     try:
         process = delays.from_trace(trace)

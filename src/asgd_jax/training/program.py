@@ -18,6 +18,7 @@ from asgd_jax.training import optimizer
 from asgd_jax.training.batch_stats import make_chains
 from asgd_jax.training.evaluate import Sums, make_measure
 from asgd_jax.training.mesh import AXIS, make_mesh
+from asgd_jax.training.recorded import make_number_of
 from asgd_jax.training.rounds_step import make_round_step
 from asgd_jax.training.staleness import pipeline_delays
 from asgd_jax.training.state import PyTree, TrainState, make_init
@@ -104,6 +105,7 @@ def build_run(
             chains=chains,
             mesh=make_mesh(config.num_devices) if mesh is None else mesh,
             divergence_loss=config.divergence_loss,
+            number_of=make_number_of(config),
         )
     else:
         staged = config.delay_distribution == "pipeline" and config.delay > 0
@@ -118,6 +120,7 @@ def build_run(
             chains=chains,
             axis_name=AXIS if config.parallelism == "pmap" else None,
             mesh=mesh if config.parallelism == "jit" else None,
+            number_of=make_number_of(config),
         )
 
     def init(key: jax.Array, params: PyTree | None = None) -> TrainState:

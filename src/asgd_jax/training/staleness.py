@@ -31,6 +31,8 @@ _CONFLICTS = (
     ("delay_distribution", "pipeline", "parallelism", "workers", "a worker has all stages there"),
     ("predict", "optimizer", "parallelism", "workers", "rounds do not predict"),
     ("predict", "last_update", "parallelism", "workers", "rounds do not predict"),
+    ("delay_distribution", "measured", "predict", "optimizer", "real workers pull what there is"),
+    ("delay_distribution", "measured", "predict", "last_update", "real workers pull what there is"),
     ("predict", "optimizer", "momentum_kind", "shifted", "no prediction of it is known"),
     ("predict", "optimizer", "optimizer", "nadamw", "no prediction of it is known"),
     ("predict", "optimizer", "dampening", True, "its momentum is read as the undamped one"),

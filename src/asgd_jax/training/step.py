@@ -150,6 +150,7 @@ def make_train_step(
     chains: BatchStatsChains | None = None,
     axis_name: str | None = None,
     mesh: Mesh | None = None,
+    number_of: Callable[[jax.Array], jax.Array] = lambda update: update,
 ) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`, pure, to be jitted, scanned, vmapped.
 
@@ -162,6 +163,7 @@ def make_train_step(
       chains: how BatchNorm's running statistics are kept; one chain on the server by default.
       axis_name: under `pmap`, the axis whose members average gradients and running statistics.
       mesh: under `jit`, the devices that share every worker's samples.
+      number_of: `number_of(update)`: the number of its batch, which names its random key.
     """
     gradient = make_gradient(model, preprocess, label_smoothing, mesh=mesh)
     chains = make_chains("server", 0) if chains is None else chains
@@ -169,7 +171,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         staleness = state.opt_state.staleness  # of this gradient: read before the update
         stats = chains.read(state.batch_stats, state.step, staleness)
-        key = jax.random.fold_in(state.key, state.step)
+        key = jax.random.fold_in(state.key, number_of(state.step))
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 

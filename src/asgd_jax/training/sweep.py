@@ -3,7 +3,8 @@
 import hashlib
 import itertools
 import tempfile
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from asgd_jax.training.folder import rerun
 from asgd_jax.training.folder.table import Record, RunTable, add_runs, open_table, run_key
 from asgd_jax.training.optimizer import Values, effective_learning_rate, make_delay_process
 from asgd_jax.training.program import make_model, shape_of_params
+from asgd_jax.training.recorded import is_recorded, refuse_real_workers
 from asgd_jax.training.single_runs import Finished, refuse_options, train_each, with_epochs
 from asgd_jax.training.state import PyTree, num_params
 from asgd_jax.training.sweep_program import (
@@ -55,6 +57,11 @@ _REPORTED = (*_ROWS, "log_every_steps")
 # it, and of large dense layers the weights of several runs don't fit the caches.
 _SMALL_MODEL = 20_000  # parameters
 _RUNS_AT_ONCE = 8
+
+
+BlockMaker = Callable[
+    [Sequence[ConfigDict], Sequence[int], PyTree | None, float, int | None], Iterator[Finished]
+]
 
 
 class Runs(NamedTuple):
@@ -135,7 +142,7 @@ def sweep(
         folders = {k: folder / "runs" / names[k] for k in missing if _is_streamed(configs[k])}
         in_memory = [k for k in missing if k not in folders]
         blocks = itertools.chain(
-            _compiled(configs, in_memory, initial, leave_loss, runs_at_once),
+            MAKE_BLOCKS.get()(configs, in_memory, initial, leave_loss, runs_at_once),
             train_each(configs, folders, progress=progress),
         )
         total = sum(configs[k].epochs for k in missing)
@@ -160,27 +167,49 @@ def _is_streamed(config: ConfigDict) -> bool:
     return config.dataset in STREAMED
 
 
-def _compiled(
+def make_blocks(
     configs: Sequence[ConfigDict],
     indices: Sequence[int],
     initial: PyTree | None,
     leave_loss: float,
     runs_at_once: int | None,
 ) -> Iterator[Finished]:
-    """Yields finished runs of data that lives in memory, a block at a time."""
+    """Yields finished runs of data that lives in memory, a block at a time.
+
+    Args:
+      configs: of all runs.
+      indices: of those to make.
+      initial, leave_loss, runs_at_once: see `sweep`.
+    """
     full_train = bool(np.isfinite(leave_loss))
-    # All data sets and batch plans are looked at before the first run.
-    groups = []
-    for alike in _split(indices, [tuple(configs[k][name] for name in _DATA) for k in indices]):
-        dataset = load_dataset(configs[alike[0]])
-        groups.append((dataset, group_runs(configs, alike, dataset, runs_at_once, full_train)))
-    for dataset, group in groups:
+    for dataset, group in group_by_data(configs, indices, runs_at_once, full_train):
         batch_size = group[0].shared.config.eval_batch_size
         samples = put_samples(dataset, batch_size, full_train=full_train)
         for runs in group:
             steps = runs.shared.facts.plan.steps_per_epoch
             for finished in run_blocks(runs, samples, initial, leave_loss):
                 yield [(index, with_epochs(rows, steps)) for index, rows in finished]
+
+
+# Who makes the blocks of a sweep: this process, or a cluster (`cluster.sweeps`).
+MAKE_BLOCKS: ContextVar[BlockMaker] = ContextVar("make_blocks", default=make_blocks)
+
+
+def group_by_data(
+    configs: Sequence[ConfigDict],
+    indices: Sequence[int],
+    runs_at_once: int | None,
+    full_train: bool,
+) -> list[tuple[Dataset, list[Runs]]]:
+    """Returns the data sets of these runs, each with the programs that need it.
+
+    All data sets and batch plans are looked at before the first run.
+    """
+    groups = []
+    for alike in _split(indices, [tuple(configs[k][name] for name in _DATA) for k in indices]):
+        dataset = load_dataset(configs[alike[0]])
+        groups.append((dataset, group_runs(configs, alike, dataset, runs_at_once, full_train)))
+    return groups
 
 
 def point_config(config: ConfigDict, point: Point) -> ConfigDict:
@@ -199,6 +228,12 @@ def point_config(config: ConfigDict, point: Point) -> ConfigDict:
             kind = config.get_type(field).__name__
             raise ValueError(f"a point has {field}={value!r}: it must be of type {kind}") from error
     validate_config(changed)
+    refuse_real_workers(changed)
+    if is_recorded(changed):
+        raise ValueError(
+            f"delay_trace={changed.delay_trace!r} has batches of its own, which a sweep does not "
+            "replay: use training.train, or a trace of staleness alone"
+        )
     make_model(changed, num_classes=1)  # a bad name or option
     devices.make_mesh(changed.num_devices)
     make_delay_process(changed, 1)  # a bad trace
