@@ -465,3 +465,14 @@ def test_refused(message):
 def test_refused_learning_rate():
     with pytest.raises(ValueError, match="learning_rate must be a finite number > 0, got -1"):
         radius(optax.sgd, 1, learning_rate=-1.0)
+
+
+@pytest.mark.standard_promotion
+def test_a_state_of_an_optimizer_that_delays_by_itself_can_be_given():
+    """Structures are compared as text, in which rings once had addresses."""
+
+    def make(rate):
+        return asgd_jax.delayed(optax.sgd(rate), 2)
+
+    state = make(1.0).init(jnp.zeros(()))
+    assert str(jax.tree.structure(state)) == str(jax.tree.structure(make(1.0).init(jnp.zeros(()))))

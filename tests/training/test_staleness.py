@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from asgd_jax import compensate, data
+from asgd_jax import compensate, data, delays
 from asgd_jax.training import Batch, default_config, set_up, train, validate_config
 from asgd_jax.training.folder.metrics import read_rows
-from asgd_jax.training.optimizer import make_multiplier
+from asgd_jax.training.optimizer import make_multiplier, make_server
 from asgd_jax.training.sweep import sweep
 
 
@@ -89,9 +89,9 @@ def test_a_pipeline_reads_every_layer_as_old_as_its_stage(three_layers):
     assert int(metrics.staleness) == 2  # that of the first stage
 
 
-@pytest.mark.parametrize("delays", ["constant", "pipeline"])
-def test_compensation_stands_before_the_optimizer(three_layers, delays):
-    three_layers.update(delay_distribution=delays, compensate="dc_ema", optimizer="adamw")
+@pytest.mark.parametrize("distribution", ["constant", "pipeline"])
+def test_compensation_stands_before_the_optimizer(three_layers, distribution):
+    three_layers.update(delay_distribution=distribution, compensate="dc_ema", optimizer="adamw")
     three_layers.update(learning_rate=0.01, weight_decay=0.1, adam_b1=0.8)
     setup = set_up(three_layers)
     server = optax.chain(compensate.dc_ema(), optax.adamw(0.01, b1=0.8, weight_decay=0.1))
@@ -178,3 +178,68 @@ def test_more_stages_than_layers_are_refused_before_the_run(tiny_config):
     tiny_config.update(delay=3, delay_distribution="pipeline")
     with pytest.raises(ValueError, match="a pipeline of 4 stages is too long for the 2 modules"):
         set_up(tiny_config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "points"),
+    [
+        # A short delay beside a long one, random ones, and what SGD's momentum decides.
+        (
+            {"predict": "last_update"},
+            [{"delay": 1, "num_workers": 2}, {"delay": 7, "num_workers": 8}],
+        ),
+        (
+            {"predict": "optimizer", "optimizer": "adamw", "delay_distribution": "uniform"},
+            [{"delay": 1, "num_workers": 2}, {"delay": 7, "num_workers": 8}],
+        ),
+        (
+            {"predict": "optimizer", "delay": 3, "num_workers": 4},
+            [{"momentum": 0.5}, {"momentum": 0.9}],
+        ),
+        (
+            {"compensate": "gap_aware", "delay": 3, "num_workers": 4},
+            [{"momentum": 0.1}, {"momentum": 0.9}],
+        ),
+        (
+            {"compensate": "delay_adaptive", "delay_distribution": "uniform"},
+            [{"delay": 1, "num_workers": 2}, {"delay": 7, "num_workers": 8}],
+        ),
+    ],
+    ids=lambda value: (
+        value.get("predict") or value.get("compensate") if type(value) is dict else ""
+    ),
+)
+def test_a_run_beside_others_does_what_it_does_alone(tiny_config, changes, points):
+    """Staleness and momentum of one program's runs differ; so does what is done against it."""
+    tiny_config.update(num_train=128, epochs=1, learning_rate=0.01, worker_batch_size=8, **changes)
+    together = sweep(tiny_config, points, progress=False)
+    alone = [record for point in points for record in sweep(tiny_config, [point], progress=False)]
+    assert len(together) == len(alone) == 2
+    for record, other in zip(together, alone, strict=True):
+        assert record["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+        assert record["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "workers"])
+def test_a_sweep_looks_ahead_as_train_does(tiny_config, tmp_path, distribution):
+    tiny_config.update(delay=3, delay_distribution=distribution, predict="last_update", epochs=1)
+    tiny_config.learning_rate = 0.05
+    (record,) = sweep(tiny_config, [{"seed": 0}], progress=False)
+    train(tiny_config, tmp_path, progress=False)
+    (row,) = read_rows(tmp_path)
+    assert record["train_loss"] == pytest.approx(row["train_loss"], rel=1e-4)
+
+
+def test_gap_aware_shrinks_an_l2_term_with_its_gradient(tiny_config):
+    """One update by hand: what is divided is the gradient and the decay together."""
+    tiny_config.update(compensate="gap_aware", weight_decay=0.5, delay=3)
+    process = delays.constant(3)
+    server = make_server(tiny_config, process, steps_per_epoch=8)
+    live, stale = {"w": jnp.array([2.0, -1.0])}, {"w": jnp.array([1.5, -1.0])}
+    gradients = {"w": jnp.array([0.1, 0.3])}
+    updates, _ = server.update(
+        gradients, server.init(live), live, staleness=jnp.int32(3), stale_params=stale
+    )
+    whole = np.array([0.1, 0.3]) + 0.5 * np.array([2.0, -1.0])
+    factor = 1.0 + np.array([0.5, 0.0]) / (0.2 * (np.abs(whole) + 1e-8))
+    np.testing.assert_allclose(updates["w"], -0.2 * whole / factor, rtol=1e-5)

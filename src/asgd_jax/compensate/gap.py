@@ -1,9 +1,8 @@
 """How far the parameters have gone since a gradient's own, and what corrects for it."""
 
-import jax
 import jax.numpy as jnp
 
-from asgd_jax.by_leaf import PyTree
+from asgd_jax.by_leaf import PyTree, map_unmasked
 
 
 def gap_of(params: PyTree | None, stale: PyTree, owner: str) -> PyTree:
@@ -17,7 +16,7 @@ def gap_of(params: PyTree | None, stale: PyTree, owner: str) -> PyTree:
             f"{owner} needs params, got None: call update(grads, state, params) of the delayed "
             "around it"
         )
-    return jax.tree.map(jnp.subtract, params, stale)
+    return map_unmasked(jnp.subtract, params, stale)
 
 
 def check_correction(strength: float, decay: float) -> None:

@@ -87,7 +87,7 @@ def as_delay(delay: Delay) -> int | np.ndarray:
                 "a constant delay, the int"
             )
         delay = delay.pmf
-    elif np.ndim(delay) == 0:
+    elif np.ndim(delay) == 0:  # type: ignore[arg-type]
         return as_integer(delay, "delay")
     pmf = validate_pmf(delay)
     return pmf.size - 1 if pmf[-1] == 1.0 else pmf

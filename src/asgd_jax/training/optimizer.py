@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from asgd_jax import delays, stability
 from asgd_jax.predict import remember_update
 from asgd_jax.training.recorded import read_updates
-from asgd_jax.training.staleness import COMPENSATIONS, make_predictor
+from asgd_jax.training.staleness import COMPENSATIONS, adam_direction, make_predictor
 from asgd_jax.transforms import delayed, momentum_of
 from asgd_jax.transforms.leaf_delays import LeafDelays
 
@@ -166,7 +166,7 @@ def make_optimizer(
         process if leaf_delays is None else leaf_delays,
         history_dtype=config.history_dtype,
         seed=values.seed,
-        predict=make_predictor(config, values.momentum, make_multiplier(config, steps_per_epoch)),
+        predict=make_predictor(config, make_multiplier(config, steps_per_epoch)),
     )
 
 
@@ -202,10 +202,13 @@ def make_server(
         method = config.compensate
         compensation = [] if method == "none" else [COMPENSATIONS[method](config, learning_rate)]
         remembered = [remember_update()] if config.predict == "last_update" else []
+        coupled = [] if decoupled else decay
+        # Gap-Aware shrinks an L2 term with the rest of its gradient.
+        first, then = (coupled, compensation) if method == "gap_aware" else (compensation, coupled)
         return optax.chain(
             *clip,
-            *compensation,
-            *([] if decoupled else decay),
+            *first,
+            *then,
             direction,
             *(decay if decoupled else []),
             optax.scale_by_schedule(make_multiplier(config, steps_per_epoch)),
@@ -220,8 +223,7 @@ def _direction(
     config: ConfigDict, process: delays.DelayProcess, momentum: float | jax.Array
 ) -> optax.GradientTransformation:
     if config.optimizer != "sgd":
-        nesterov = config.optimizer == "nadamw"
-        return optax.scale_by_adam(config.adam_b1, config.adam_b2, nesterov=nesterov)
+        return adam_direction(config)
     return momentum_of(
         momentum if config.momentum else 0.0,
         process,

@@ -17,13 +17,27 @@ PREDICTIONS = ("none", "optimizer", "last_update")
 COMPENSATIONS: dict[str, Callable[[ConfigDict, Any], optax.GradientTransformation]] = {
     "none": lambda config, rate: optax.identity(),
     "staleness_scaling": lambda config, rate: compensate.staleness_scaling(),
-    "delay_adaptive": lambda config, rate: compensate.delay_adaptive(config.num_workers),
+    # As many gradients are in flight as updates pass in a round.
+    "delay_adaptive": lambda config, rate: compensate.delay_adaptive(config.delay + 1),
     "power_scaling": lambda config, rate: compensate.power_scaling(),
     "dc_asgd": lambda config, rate: compensate.dc_asgd(),
     "dc_asgd_adaptive": lambda config, rate: compensate.dc_asgd(2.0, adaptive=True),
     "dc_ema": lambda config, rate: compensate.dc_ema(),
-    "gap_aware": lambda config, rate: compensate.gap_aware(rate, momentum=config.momentum),
+    "gap_aware": lambda config, rate: _gap_aware(config, rate),
 }
+
+
+def _gap_aware(config: ConfigDict, rate: Any) -> optax.GradientTransformation:
+    if config.optimizer == "sgd":
+        return compensate.gap_aware(rate, momentum=config.momentum, dampening=config.dampening)
+    return compensate.gap_aware(rate, direction=adam_direction(config))
+
+
+def adam_direction(config: ConfigDict) -> optax.GradientTransformation:
+    """Returns what a configuration's Adam, or NAdam, does to gradients."""
+    nesterov = config.optimizer == "nadamw"
+    return optax.scale_by_adam(config.adam_b1, config.adam_b2, nesterov=nesterov)
+
 
 _CONFLICTS = (
     ("delay_distribution", "pipeline", "momentum_kind", "shifted", "stages have no worker each"),
@@ -55,12 +69,11 @@ def pipeline_delays(
     return lambda path: ages[stages[path[0].key]]
 
 
-def make_predictor(config: ConfigDict, momentum: Any, multiplier: optax.Schedule) -> Predict | None:
+def make_predictor(config: ConfigDict, multiplier: optax.Schedule) -> Predict | None:
     """Returns what `delayed(predict=)` takes.
 
     Args:
       config: `predict` is "none"; "optimizer" for the prediction of its optimizer; "last_update".
-      momentum: of SGD; may be traced.
       multiplier: the regime of the learning rate, read at the server's count of updates: a worker
         looks ahead with the rate of the moment.
     """
@@ -73,7 +86,7 @@ def make_predictor(config: ConfigDict, momentum: Any, multiplier: optax.Schedule
         rate = inner_state.hyperparams["learning_rate"] * multiplier(inner_state.count)
         if config.optimizer == "sgd":
             nesterov = config.momentum_kind == "nesterov"
-            ahead = predict.momentum(rate, decay=momentum, nesterov=nesterov)
+            ahead = predict.momentum(rate, decay=config.momentum, nesterov=nesterov)
         else:
             decay = config.weight_decay if config.optimizer == "adamw" else 0.0
             ahead = predict.adamw(rate, b1=config.adam_b1, b2=config.adam_b2, weight_decay=decay)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from asgd_jax.checksum import checksum
 from asgd_jax.data.in_memory import Dataset
-from asgd_jax.delays import DelayProcess
+from asgd_jax.delays import DelayProcess, expected_staleness
 from asgd_jax.training import mesh as devices
 from asgd_jax.training.command import progress_bar
 from asgd_jax.training.config import STREAMED, validate_config
@@ -355,6 +355,11 @@ def _program_key(config: ConfigDict, dataset: Dataset) -> str:
         fields |= {"momentum_kind": None, "dampening": None}
     if config.delay_distribution == "pipeline":
         fields["delays by stage"] = config.delay
+    # What is done against staleness knows these when it is compiled.
+    if config.compensate == "delay_adaptive":
+        fields["delay of the compensation"] = config.delay
+    if config.predict == "optimizer" or config.compensate == "gap_aware":
+        fields["momentum of both"] = config.momentum
     plan = plan_of(config, len(dataset.train_labels))
     fields["samples of an update"] = plan.workers_per_update, plan.worker_batch_size
     fields["rows"] = -(-config.epochs // config.eval_every_epochs)
@@ -388,6 +393,7 @@ def stack_values(runs: Runs, leave_loss: float) -> RunValues:
                 np.int64(config.seed).astype(np.int32),  # as `PRNGKey` takes large ones
             ),
             _staleness(config, steps_per_epoch, length),
+            np.int32(expected_staleness(_process(config, steps_per_epoch))),
             np.int32(config.eval_every_epochs),
             np.float32(leave_loss),
         )
