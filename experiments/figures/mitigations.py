@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
@@ -26,7 +27,8 @@ from experiments.edges.minimum import digits_problem, find_minimum
 
 CAPTION = (
     "Of what is done against staleness, scaling gradients by it is another learning rate, "
-    "correcting them to second order changes no threshold, predicting the parameters from the "
+    "correcting them to second order changes no threshold, correcting them by a held curvature "
+    "undoes the delay, predicting the parameters from the "
     "momentum buys back what momentum costs, and repeating the last update costs more; a real "
     "minimum is left where the linearised code says."
 )
@@ -35,6 +37,7 @@ UNMITIGATED, DAMPED_MOMENTUM = "no mitigation", "damped momentum .9"
 SCALING, POWER = "gradient / staleness", "gradient / sqrt(1 + staleness)"
 DC_ASGD, PREDICTED = "DC-ASGD", "damped momentum .9, predicted"
 NESTEROV, REPEATED = "damped Nesterov .99", "last update repeated"
+DC_EMA = "DC-EMA, lambda v = a / 2"
 SHIFTED_MOMENTUM = "shifted momentum .9"
 COMPUTED, MEASURED = "computed", "measured"  # the column series
 
@@ -85,13 +88,16 @@ METHODS: dict[str, Callable[[Any, int], optax.GradientTransformation]] = {
     SCALING: _with("staleness-scaling"),
     POWER: _with("power"),
     DC_ASGD: _with("dc-asgd"),
+    DC_EMA: _with("dc-ema"),
     DAMPED_MOMENTUM: lambda rate, delay: asgd_jax.delayed(_damped(rate), delay),
     PREDICTED: _predicted,
     SHIFTED_MOMENTUM: lambda rate, delay: delayed_sgd(rate, delay, momentum=_DECAY, kind="shifted"),
     NESTEROV: lambda rate, delay: delayed_sgd(rate, delay, momentum=0.99, kind="nesterov"),
     REPEATED: _repeated,
 }
-_COLOURS = dict(zip(METHODS, (*style.COLOURS, style.BLACK, "0.5", "#8B4513"), strict=True))
+_COLOURS = dict(
+    zip(METHODS, (*style.COLOURS, style.BLACK, "0.5", "#8B4513", "#4B0082"), strict=True)
+)
 
 
 def run(config: Config, work: Path) -> list[Record]:
@@ -120,7 +126,10 @@ def _edge(method: str, delay: int, found: Any) -> Record:
     def make(rate: Any) -> optax.GradientTransformation:
         return METHODS[method](rate, delay)
 
-    computed = stability.optimizer_max_learning_rate(make, 0)
+    held = None
+    if method == DC_EMA:  # at a sharpness of 1
+        held = optax.tree.set(make(1.0).init(jnp.zeros(())), square_mean=jnp.array(0.5))
+    computed = stability.optimizer_max_learning_rate(make, 0, optimizer_state=held)
     row = {"threshold": computed, "plain": stability.max_learning_rate(delay)}
     if found is None:
         return {**row, "measured": math.nan, "sharpness": math.nan}
@@ -163,6 +172,11 @@ def claims(records: pd.DataFrame) -> list[Claim]:
         at_most(
             "DC-ASGD changes no threshold: gain, furthest from 1",
             float(np.max(np.abs(at(DC_ASGD).gain - 1.0))),
+            1e-3,
+        ),
+        at_most(
+            "DC-EMA at half the curvature: threshold of h, furthest from the 2 of no delay",
+            float(np.max(np.abs(at(DC_EMA).threshold - 2.0))),
             1e-3,
         ),
         near(

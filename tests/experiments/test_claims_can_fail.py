@@ -179,6 +179,7 @@ FAILING = {
     "mitigations": {
         "gradient / staleness": scale("threshold", 1.1, method=mitigations.SCALING),
         "DC-ASGD": scale("threshold", 1.1, method=mitigations.DC_ASGD),
+        "DC-EMA": scale("threshold", 1.1, method=mitigations.DC_EMA),
         "shifted momentum's gain": scale("threshold", 1.1, method=mitigations.SHIFTED_MOMENTUM),
         "gain of damped": scale("threshold", 1.5, method=mitigations.DAMPED_MOMENTUM),
         "last update": scale("threshold", 10.0, method=mitigations.REPEATED),

@@ -45,6 +45,14 @@ def test_every_method_at_once(capsys):
         assert found[second_order] == pytest.approx(plain, rel=1e-4)
     assert found["prediction"] > 1.2 * plain
 
+    # Half of the curvature at live parameters: (z - 1)(z - m) z^3 + (1 - m) h z (z^3 + 1) / 2.
+    def largest_root(step):
+        ball = np.polymul(np.polymul([1.0, -1.0], [1.0, -0.9]), [1.0, 0.0, 0.0, 0.0])
+        pulled = 0.1 * step / 2.0 * np.array([1.0, 0.0, 0.0, 1.0, 0.0])
+        return max(abs(np.roots(np.polyadd(ball, pulled))))
+
+    assert largest_root(0.999 * found["dc-ema"]) < 1.0 < largest_root(1.001 * found["dc-ema"])
+
 
 def test_random_delays_by_every_criterion(capsys):
     found = answer(capsys, "--uniform", "1", "4", "--momentum", "0.5", "--method", "delay-adaptive")

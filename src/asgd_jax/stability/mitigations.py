@@ -24,6 +24,7 @@ class _Method(NamedTuple):
 
     make: Callable[[Any, int], optax.GradientTransformation]  # of learning rate and mean delay
     held: dict[str, float] | None = None
+    in_sharpness: bool = False  # whether these values are in units of the sharpness
 
 
 MITIGATIONS: dict[str, _Method] = {
@@ -31,6 +32,8 @@ MITIGATIONS: dict[str, _Method] = {
     "delay-adaptive": _Method(lambda rate, delay: compensate.delay_adaptive(delay + 1)),
     "power": _Method(lambda rate, delay: compensate.power_scaling()),
     "dc-asgd": _Method(lambda rate, delay: compensate.dc_asgd()),
+    # Linear at a held mean of squared gradients; here half of what cancels the delay.
+    "dc-ema": _Method(lambda rate, delay: compensate.dc_ema(), {"square_mean": 0.5}, True),
     # Of gradients with noise of 1: at a minimum the gap is small against the usual step.
     "gap-aware": _Method(lambda rate, delay: compensate.gap_aware(rate), {"square_mean": 1.0}),
 }
@@ -108,8 +111,10 @@ def mitigated_max_learning_rate(
         return optax.chain(before, direction, optax.scale_by_learning_rate(rate))
 
     state = make(1.0).init(jnp.zeros(()))
-    if held := MITIGATIONS[name].held:
-        values = {key: jnp.array(value) for key, value in held.items()}
+    method = MITIGATIONS[name]
+    if method.held:
+        unit = sharpness if method.in_sharpness else 1.0
+        values = {key: jnp.array(unit * value) for key, value in method.held.items()}
         options["optimizer_state"] = optax.tree.set(state, **values)
     return optimizer_max_learning_rate(make, delay, sharpness=sharpness, **options)
 
