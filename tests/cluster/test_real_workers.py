@@ -113,7 +113,11 @@ def test_workers_and_server_are_killed_and_the_replay_has_the_same_bits(
     killed = []
 
     def kill():
-        for at, name in ((20, "ray::Worker"), (60, "ray::ServerActor"), (100, "ray::Worker")):
+        for at, name in (
+            (20, "ray::RealWorker"),
+            (60, "ray::ServerActor"),
+            (100, "ray::RealWorker"),
+        ):
             assert wait_until(lambda at=at: num_updates(tmp_path) >= at)
             (pid, *_) = descendants(os.getpid(), name)
             os.kill(pid, signal.SIGKILL)
@@ -123,7 +127,7 @@ def test_workers_and_server_are_killed_and_the_replay_has_the_same_bits(
     killer.start()
     summary = train_async(small_config, tmp_path, progress=False)
     killer.join()
-    assert killed == ["ray::Worker", "ray::ServerActor", "ray::Worker"]
+    assert killed == ["ray::RealWorker", "ray::ServerActor", "ray::RealWorker"]
     assert summary["status"] == "completed"
     assert summary["steps"] == 160
     assert summary["worker_restarts"] >= 2

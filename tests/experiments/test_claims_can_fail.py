@@ -208,9 +208,7 @@ FAILING = {
         "distance of measured": put(
             "at", lambda rows: rows["at"] + 1, kind="staleness", source="measured"
         ),
-        "largest staleness where|where it is dropped": scale(
-            "value", 2.0, kind="largest staleness"
-        ),
+        "largest staleness where|where it is dropped": put("value", 9.0, kind="largest staleness"),
         "time of waiting": scale("value", 0.1, kind="seconds", policy="wait"),
     },
     "13": {"distance of the best rate": below_the_others("validation_error")},

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from asgd_jax.cluster.exchange import ServerActor
 from asgd_jax.cluster.server import Saved
 from asgd_jax.cluster.session import worker_environment
-from asgd_jax.cluster.worker import Worker
+from asgd_jax.cluster.worker import RealWorker
 
 _MOST_EARLY_DEATHS = 3  # of one worker, before it has made an update
 
@@ -34,7 +34,7 @@ class Crew:
       config: of the run.
       dataset: a reference to its data in the object store.
       gpus: that each worker has to itself, as Ray counts them.
-      constant: see `Worker`.
+      constant: see `RealWorker`.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Crew:
     def _hire(self, worker: int, life: int, early_deaths: int) -> Hired:
         environment = worker_environment(accelerator=self._gpus > 0)
         # A second thread: the server's node asks for a channel while the worker runs.
-        kind = self._ray.remote(Worker).options(
+        kind = self._ray.remote(RealWorker).options(
             num_cpus=1,
             num_gpus=self._gpus,
             max_concurrency=2,

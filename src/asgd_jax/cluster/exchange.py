@@ -31,7 +31,7 @@ class Header(NamedTuple):
     number: int
 
 
-class Line(NamedTuple):
+class Connection(NamedTuple):
     """The two channels between a worker and its server.
 
     Attributes:
@@ -112,7 +112,7 @@ class ServerActor(Server):
 
     def __init__(self, config: ConfigDict, dataset: Dataset, saved: Saved | None = None):
         super().__init__(config, dataset, saved)
-        self._lines: dict[int, Line] = {}
+        self._lines: dict[int, Connection] = {}
 
     async def node(self) -> str:
         """Returns where this process is."""
@@ -121,7 +121,7 @@ class ServerActor(Server):
     async def connect(self, worker: int, life: int, up: Any, reader: Any, node: str) -> Any:
         """Returns the channel back to a worker, given the one from it."""
         down = open_channel(reader, node, num_bytes_of(self._state.params))
-        self._lines[worker] = Line(life, make_take(up), down)
+        self._lines[worker] = Connection(life, make_take(up), down)
         return down
 
     async def begin(self, worker: int, life: int) -> Header | None:

@@ -46,7 +46,7 @@ class Task(NamedTuple):
     params: PyTree
 
 
-class Update(NamedTuple):
+class UpdateRow(NamedTuple):
     """A row of updates.csv: `training.recorded.UPDATE_COLUMNS`."""
 
     update: int
@@ -118,7 +118,7 @@ class Snapshot(NamedTuple):
 class Report(NamedTuple):
     """What happened since the last report; `complaints` name workers whose gradient was refused."""
 
-    updates: list[Update]
+    updates: list[UpdateRow]
     snapshots: list[Snapshot]
     complaints: list[str]
     finished: bool
@@ -173,7 +173,7 @@ class Server:
         self._under_way: dict[int, _Lease] = {}
         self._changed = asyncio.Condition()
         self._news = asyncio.Event()
-        self._updates: list[Update] = []
+        self._updates: list[UpdateRow] = []
         self._snapshots: list[Snapshot] = []
         self._complaints: list[str] = []
         self._refused: dict[int, int] = {}  # gradients in a row, by worker
@@ -326,7 +326,7 @@ class Server:
         seconds = self._now()
         pulled, number = lease.pulled, lease.number
         row = self._version, worker, pulled.version, staleness, number, seconds, compute_seconds
-        self._updates.append(Update(*row))
+        self._updates.append(UpdateRow(*row))
         self._totals = _add(self._totals, pushed, staleness, self._version, self._config)
         self._version += 1
         self._refused.pop(worker, None)

@@ -1,7 +1,7 @@
 """A worker of a real run: pulls parameters, computes a gradient on its own batch, pushes it.
 
-`Worker` is a plain class; `cluster.crew` makes Ray actors of it, a process each, which XLA gives
-one thread: N of them share a machine's cores without waiting for one another.
+`RealWorker` is a plain class; `cluster.crew` makes Ray actors of it, a process each, which XLA
+gives one thread: N of them share a machine's cores without waiting for one another.
 """
 
 import os
@@ -22,7 +22,7 @@ from asgd_jax.training.recorded import num_shards_of
 from asgd_jax.training.state import PyTree
 
 
-class Worker:
+class RealWorker:
     """See the module.
 
     Args:
