@@ -34,6 +34,8 @@ API = {
     "transforms": "Parts that the other pages do not name.",
     "training": "Runs from a configuration; the extra `train`.",
     "training.sweep": "Many runs as one compiled program.",
+    "cluster.train": "Real asynchronous training on Ray; the extra `ray`.",
+    "cluster.replay": "A recorded run again, in the simulator.",
     "models": "Flax Linen models of the experiments.",
     "data": "Data sets in memory and streamed.",
 }
@@ -90,8 +92,8 @@ def _tutorial(path: Path, executed: bool) -> str:
 def _figures() -> str:
     """Every figure of results/: claim, how many of its parts hold, whether a proxy, the picture."""
     parts = [_FIGURES_HEAD]
-    order = re.findall(r"^\| \[\w+\]\((\w+)/summary\.json\)", _results_page(), re.MULTILINE)
-    for folder in order:
+    row = r"^\| \[(\w+)\]\((\w+)/summary\.json\)"
+    for name, folder in re.findall(row, _results_page(), re.MULTILINE):
         summary = json.loads((ROOT / "results" / folder / "summary.json").read_text())
         holds = [bool(claim["holds"]) for claim in summary["claims"]]
         title = f"Figure {int(folder[3:])}" if folder.startswith("fig") else folder.capitalize()
@@ -100,7 +102,7 @@ def _figures() -> str:
         parts.append(
             f"*{sum(holds)} of {len(holds)} claims hold. "
             + (f"A proxy: {proxy}." if proxy else "No proxy.")
-            + f"* `python scripts/reproduce.py --figure={folder.removeprefix('fig').lstrip('0')}`"
+            + f"* `python scripts/reproduce.py --figure={name}`"
         )
         for picture in sorted((ROOT / "results" / folder).glob("*.png")):
             parts.append(f"![{title}: {summary['caption']}](figures/{picture.name})")
@@ -122,7 +124,7 @@ def _results_page() -> str:
 
 _FIGURES_HEAD = """# Figures
 
-The paper's figures and six beyond them, as `results/` of the repository has them: with records,
+The paper's figures and seven beyond them, as `results/` of the repository has them: with records,
 configuration, seeds, versions, commit, and every claim with the expected and the measured number.
 `make figures` makes all of it again, `make audit` computes every number again from the records.
 
