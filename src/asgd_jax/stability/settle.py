@@ -6,7 +6,7 @@ or schedules in its state is followed until it repeats.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +141,7 @@ class _WarmState(NamedTuple):
 def _warm_up(step: QuadraticStep, rate: float) -> _WarmState:
     """Fills the state by gradients, their opposites and none; the parameter is kept at zero."""
 
-    def after(sign: float) -> Memory:
+    def after(sign: Any) -> Memory:
         def update(k: int, memory: Memory) -> Memory:
             vector, others = step.advance(rate, memory, sign * jnp.cos(1.0 + 2.0 * k))
             return jnp.where(is_parameter, 0.0, vector), others
@@ -163,7 +163,7 @@ def _warm_up(step: QuadraticStep, rate: float) -> _WarmState:
     new = jax.vmap(lambda row: step.advance(rate, (row, others), 0.0)[0])
     moving = np.asarray(jax.jit(new)(each))[:, 0] != 0.0
     momenta = affine & moving
-    memory = np.where(momenta, 0.0, up), others
+    memory = jnp.asarray(np.where(momenta, 0.0, up)), others
     return _WarmState(memory, momenta, moved & ~affine & ~is_parameter)
 
 
