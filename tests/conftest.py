@@ -9,6 +9,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +86,32 @@ def _strict_jax(request: pytest.FixtureRequest):
 
 
 @pytest.fixture(scope="session")
-def tfds_data_dir() -> Path:
+def tfds_data_dir() -> Iterator[Path]:
     """The folder with the real data sets; a test that asks for it skips where there is none."""
     folder = Path(os.environ.get("TFDS_DATA_DIR", Path(__file__).parents[2] / "shared" / "tfds"))
     if not (folder / "mnist").is_dir():
         pytest.skip(f"no prepared data sets in {folder}: set TFDS_DATA_DIR")
     os.environ["TFDS_DATA_DIR"] = str(folder)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        _read_once(folder, patch)
+        yield folder
+
+
+def _read_once(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Keeps what is read from this folder, whose images take seconds to decode, for later tests."""
+    from asgd_jax.data import in_memory
+
+    read = in_memory._load_tfds
+
+    @functools.cache
+    def kept(name: str) -> Any:
+        found = read(name, folder)
+        for array in jax.tree.leaves(found):
+            array.flags.writeable = False  # it is every test's
+        return found
+
+    def load(name: str, data_dir: Any) -> Any:
+        here = str(data_dir or os.environ["TFDS_DATA_DIR"]) == str(folder)
+        return kept(name) if here else read(name, data_dir)
+
+    patch.setattr(in_memory, "_load_tfds", load)
