@@ -16,12 +16,13 @@ DELAY_METHOD, for instance pipeline_sgd; sync_adamw is the default:
 
 `--config.dataset=tiny_shakespeare` reads that text instead, where TFDS has it.
 
-Expected after 2 epochs (720 updates): EXPECTED.
-Hardware: 2 CPU cores, about HARDWARE an epoch (measured).
+Expected of pipeline_adamw after 2 epochs (720 updates): validation loss 2.62, 72.6 % of characters told
+wrongly. What every arm ends at, at half the width, is the figure `pipeline`.
+Hardware: 2 CPU cores, about 30 s an epoch (measured, beside other work).
 
   python scripts/train.py --config=configs/char_transformer.py:pipeline_adamw --workdir=runs/chars
 
-Reduced by overrides alone (REDUCED):
+Reduced by overrides alone (82.0 % wrong after 100 updates; 20 s on 2 CPU cores, measured):
 
   python scripts/train.py --config=configs/char_transformer.py:pipeline_sgd \
     --workdir=runs/chars_quick --config.width=0.5 --config.num_train=1600 --config.epochs=1

@@ -191,7 +191,7 @@ FAILING = {
     },
     "noise": {
         "furthest of": put("share", lambda rows: 1.0 - 2.0 * (1.0 - rows.share), series="edge"),
-        "log-log slope": put("share", lambda rows: 1.0 - (1.0 - rows.share) ** 1.5, series="edge"),
+        "log-log slope": put("share", lambda rows: 1.0 - (1.0 - rows.share) ** 0.5, series="edge"),
         "below the edge|above the edge": scale("growth", -1.0, series="growth"),
     },
     "pipeline": {
