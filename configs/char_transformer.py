@@ -16,8 +16,8 @@ DELAY_METHOD, for instance pipeline_sgd; sync_adamw is the default:
 
 `--config.dataset=tiny_shakespeare` reads that text instead, where TFDS has it.
 
-Expected of pipeline_adamw after 2 epochs (720 updates): validation loss 2.62, 72.6 % of characters told
-wrongly. What every arm ends at, at half the width, is the figure `pipeline`.
+Expected of pipeline_adamw after 2 epochs (720 updates): validation loss 2.62, 72.6 % of characters
+told wrongly. What every arm ends at, at half the width, is the figure `pipeline`.
 Hardware: 2 CPU cores, about 30 s an epoch (measured, beside other work).
 
   python scripts/train.py --config=configs/char_transformer.py:pipeline_adamw --workdir=runs/chars
