@@ -2,17 +2,27 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from asgd_jax import delays
+import asgd_jax
+from asgd_jax import compensate, delays
 from asgd_jax.stability import __main__ as command_line
 from asgd_jax.stability import (
     lyapunov_max_learning_rate,
     max_learning_rate,
     stages_max_learning_rate,
 )
-from asgd_jax.stability.mitigations import MITIGATIONS, method_rows, pipeline_rows
+from asgd_jax.stability.mitigations import (
+    MITIGATIONS,
+    method_rows,
+    mitigated_max_learning_rate,
+    mitigation,
+    pipeline_rows,
+)
 
 
 def answer(capsys, *arguments):
@@ -134,3 +144,36 @@ def test_bad_input_is_one_line(arguments, message, capsys):
 def test_methods_are_those_of_the_table():
     rows = dict(method_rows(["dc-asgd"], 2, sharpness=4.0, momentum=0.0, dampening=True))
     assert rows["no mitigation"] == max_learning_rate(2, sharpness=4.0)
+
+
+@pytest.mark.optimised
+@pytest.mark.parametrize(
+    "name", ["staleness-scaling", "delay-adaptive", "power", "dc-asgd", "dc-ema"]
+)
+def test_in_time_one_percent_decides_for_every_linear_method(name):
+    """The transform itself on x^2 / 2 in float64, from where its corrections are small."""
+    delay = 4
+    heavy_ball = {"sharpness": 1.0, "momentum": 0.0, "dampening": True}
+    threshold = mitigated_max_learning_rate(name, delay, **heavy_ball)
+
+    def run(rate):
+        # A mean that never moves is a held one.
+        before = mitigation(name, rate, delay)
+        before = compensate.dc_ema(decay=1.0 - 1e-15) if name == "dc-ema" else before
+        tx = asgd_jax.delayed(optax.chain(before, optax.sgd(rate)), delay)
+        params = jnp.array(1e-6, jnp.float64)
+        state = tx.init(params)
+        if name == "dc-ema":
+            state = optax.tree.set(state, square_mean=jnp.array(0.5, jnp.float64))
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(asgd_jax.stale_params(state, params), state, params)
+            return (optax.apply_updates(params, updates), state), params
+
+        return jax.lax.scan(step, (params, state), length=3000)[1]
+
+    with jax.enable_x64(True):
+        for factor, grows in ((0.99, False), (1.01, True)):
+            path = np.abs(jax.jit(run)(factor * threshold))
+            assert (path[-100:].max() > path[500:600].max()) == grows
