@@ -70,7 +70,7 @@ def still_there(pids, but=None):
     ]
 
 
-def wait_until(condition, seconds=60.0):
+def wait_until(condition, seconds=240.0):
     until = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > until:
@@ -107,8 +107,8 @@ def test_workers_and_server_are_killed_and_the_replay_has_the_same_bits(
     ray, small_config, tmp_path, capfd
 ):
     small_config.update(
-        epochs=10, momentum=0.5, momentum_kind="shifted", learning_rate_rule="inverse",
-        learning_rate=0.1, worker_times="constant .02", checkpoint_every_steps=8,
+        epochs=18, momentum=0.5, momentum_kind="shifted", learning_rate_rule="inverse",
+        learning_rate=0.1, worker_times="constant .03", checkpoint_every_steps=8,
     )  # fmt: skip
     killed = []
 
@@ -129,7 +129,7 @@ def test_workers_and_server_are_killed_and_the_replay_has_the_same_bits(
     killer.join()
     assert killed == ["ray::RealWorker", "ray::ServerActor", "ray::RealWorker"]
     assert summary["status"] == "completed"
-    assert summary["steps"] == 160
+    assert summary["steps"] == 288
     assert summary["worker_restarts"] >= 2
     assert summary["wasted"]["lost"] >= 1
     assert_whole(tmp_path, summary)
@@ -173,7 +173,7 @@ def test_a_sweep_on_the_cluster_survives_its_processes(ray, small_config, tmp_pa
 
     def kill():
         name = "ray::run_part"
-        assert wait_until(lambda: descendants(os.getpid(), name), 200)
+        assert wait_until(lambda: descendants(os.getpid(), name))
         os.kill(descendants(os.getpid(), name)[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
@@ -226,7 +226,7 @@ def listening(pids):
 def test_driver_killed_then_stopped_then_finished_and_no_process_stays(tmp_path):
     """Three commands: one is killed, one gets Ctrl-C as from a terminal, the last one finishes."""
     process = start(tmp_path)
-    assert wait_until(lambda: num_updates(tmp_path) >= 24, 120), process.communicate(timeout=5)
+    assert wait_until(lambda: num_updates(tmp_path) >= 24), process.communicate(timeout=5)
     started = descendants(process.pid, "ray")
     assert len(started) >= 5
     assert listening([process.pid, *started]) == []
@@ -241,10 +241,10 @@ def test_driver_killed_then_stopped_then_finished_and_no_process_stays(tmp_path)
 
     process = start(tmp_path)
     before = num_updates(tmp_path)
-    assert wait_until(lambda: num_updates(tmp_path) > max(before, 40), 120)
+    assert wait_until(lambda: num_updates(tmp_path) > max(before, 40))
     started = descendants(process.pid, "ray")
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all of them
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 75, err
     assert err.startswith("train_async.py: stopped at step ")
     assert wait_until(lambda: not still_there(started))
@@ -252,7 +252,7 @@ def test_driver_killed_then_stopped_then_finished_and_no_process_stays(tmp_path)
     assert f"stopped at step {stopped_at}," in err
 
     process = start(tmp_path)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert err == ""
     assert "completed after 128 updates" in out

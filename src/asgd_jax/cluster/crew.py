@@ -123,12 +123,15 @@ class Crew:
             raise OSError(
                 f"worker {worker} died {early} times before its first update: {reason}"
             ) from error
-        self.deaths += 1
-        print(f"worker {worker} died and is restarted", file=sys.stderr)
+        self._count_death(worker)
         server.lost.remote(worker)
         replaced = self._hire(worker, hired.life + 1, early)
         self._workers[worker] = replaced
         self._running[replaced.actor.run.remote(server)] = worker
+
+    def _count_death(self, worker: int) -> None:
+        self.deaths += 1
+        print(f"worker {worker} died and is restarted", file=sys.stderr)
 
     def gather(self) -> None:
         """Waits until no worker works for a server that is gone; replaces those that died too."""
@@ -147,6 +150,7 @@ class Crew:
             worker = self._running[reference]
             hired = self._workers[worker]
             self._ray.kill(hired.actor)
+            self._count_death(worker)
             self._workers[worker] = self._hire(worker, hired.life + 1, hired.early_deaths)
         self._running = {}
 
