@@ -55,7 +55,7 @@ def replay_config(config: ConfigDict, trace: Path) -> ConfigDict:
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.update(delay_distribution="trace", delay_trace=str(trace))
-        config.update(max_staleness=None, worker_times=None)
+        config.update(max_staleness=None, worker_times=None, staleness_policy="drop")
     return config
 
 

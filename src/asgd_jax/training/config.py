@@ -257,7 +257,7 @@ def _fields(config: ConfigDict, known: ConfigDict) -> None:
 
 
 def _refuse_unused(config: ConfigDict, defaults: ConfigDict) -> None:
-    """Refuses a data field that has been changed and that data of this kind does not heed."""
+    """Refuses a field that has been changed and that this data, or optimizer, does not heed."""
     streamed = config.dataset in STREAMED
     for field in _IN_MEMORY_ONLY if streamed else ("image_size",):
         if config[field] != defaults[field]:
@@ -265,6 +265,12 @@ def _refuse_unused(config: ConfigDict, defaults: ConfigDict) -> None:
             raise ValueError(
                 f"{field}={config[field]!r} has no meaning for dataset={config.dataset!r}, which "
                 f"is {kind}: leave it at {defaults[field]!r}"
+            )
+    for field in ("adam_b1", "adam_b2"):
+        if config.optimizer == "sgd" and config[field] != defaults[field]:
+            raise ValueError(
+                f"{field}={config[field]!r} has no meaning for optimizer='sgd': leave it at "
+                f"{defaults[field]!r}"
             )
 
 

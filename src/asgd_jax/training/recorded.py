@@ -99,13 +99,14 @@ def refuse_real_workers(config: ConfigDict) -> None:
     Raises:
       ValueError: naming the field and its value.
 
-    >>> refuse_real_workers(ConfigDict({"max_staleness": 4, "worker_times": None}))
+    >>> refuse_real_workers(ConfigDict({"staleness_policy": "drop", "max_staleness": 4}))
     Traceback (most recent call last):
     ...
     ValueError: max_staleness=4 is for real workers (scripts/train_async.py): leave it out
     """
-    for field in ("max_staleness", "worker_times"):
-        if config[field] is not None:
+    defaults = {"staleness_policy": "drop", "max_staleness": None, "worker_times": None}
+    for field, default in defaults.items():
+        if config[field] != default:
             raise ValueError(
                 f"{field}={config[field]!r} is for real workers (scripts/train_async.py): "
                 "leave it out"
