@@ -16,7 +16,10 @@ demo: .venv/.installed
 	$(PY) -m experiments.demo --out=demo
 
 test: .venv/.installed
-	$(PY) -m pytest -n 2 --dist=worksteal --durations=15
+	$(PY) -m pytest -n $(TEST_JOBS) --dist=worksteal --durations=15
+
+# One more than there are cores: tests of processes wait for them.
+TEST_JOBS ?= 3
 
 # For work on the core: delay, staleness, stability, models. No process, no real data.
 test-fast: .venv/.installed

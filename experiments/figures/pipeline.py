@@ -70,7 +70,7 @@ _RATES = {
 PRESETS = {
     "smoke": _preset(
         (0, 1),
-        {"adamw": (0.001,), "prediction": (0.001,)},
+        {"adamw": (0.001,)},
         stages=2,
         width=0.125,
         num_train=256,

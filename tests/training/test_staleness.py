@@ -163,7 +163,7 @@ def test_a_pipeline_resumes_where_it_was(three_layers, tmp_path, predict):
             "optimizer='nadamw' does not go with predict='optimizer'",
         ),
         ({"compensate": "hope"}, "unknown compensate='hope': use one of none, staleness_scaling"),
-        ({"adam_b1": 1.0}, "adam_b1 must be a number >= 0 and < 1, got 1.0"),
+        ({"adam_b1": 1.0, "optimizer": "adam"}, "adam_b1 must be a number >= 0 and < 1, got 1.0"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(changes, message):
