@@ -1,11 +1,11 @@
-# make demo | test | test-fast | matrix | lint | figures | audit | bench | docs | dist. Each sets up .venv first; PYTHON picks the
+# make demo | test | test-long | test-fast | matrix | lint | figures | audit | bench | docs | dist. Each sets up .venv first; PYTHON picks the
 # interpreter.
 PYTHON ?= python3
 PY := .venv/bin/python
 # The data sets of a checkout's neighbour, unless the user names a folder.
 export TFDS_DATA_DIR ?= $(firstword $(wildcard ../shared/tfds) $(HOME)/tensorflow_datasets)
 
-.PHONY: demo test test-fast matrix lint figures audit bench docs dist format clean
+.PHONY: demo test test-long test-fast matrix lint figures audit bench docs dist format clean
 .venv/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --requirement requirements.txt
@@ -16,10 +16,11 @@ demo: .venv/.installed
 	$(PY) -m experiments.demo --out=demo
 
 test: .venv/.installed
-	$(PY) -m pytest -n $(TEST_JOBS) --dist=worksteal --durations=15
+	$(PY) -m pytest -n 2 --dist=worksteal --durations=15 -m "not long"
 
-# One more than there are cores: tests of processes wait for them.
-TEST_JOBS ?= 3
+# What waits for minutes: Ray's agents notice a killed driver late.
+test-long: .venv/.installed
+	$(PY) -m pytest -n 0 -m long tests
 
 # For work on the core: delay, staleness, stability, models. No process, no real data.
 test-fast: .venv/.installed

@@ -223,6 +223,7 @@ def listening(pids):
     return found
 
 
+@pytest.mark.long
 def test_driver_killed_then_stopped_then_finished_and_no_process_stays(tmp_path):
     """Three commands: one is killed, one gets Ctrl-C as from a terminal, the last one finishes."""
     process = start(tmp_path)
