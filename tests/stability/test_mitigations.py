@@ -177,3 +177,14 @@ def test_in_time_one_percent_decides_for_every_linear_method(name):
         for factor, grows in ((0.99, False), (1.01, True)):
             path = np.abs(jax.jit(run)(factor * threshold))
             assert (path[-100:].max() > path[500:600].max()) == grows
+
+
+def test_the_preconditioned_sharpness_is_adam_s(capsys):
+    arguments = "--delay", "4", "--optimizer", "adam"
+    assert command_line.main([*arguments, "--preconditioned-sharpness", "100"]) == 0
+    named = capsys.readouterr().out
+    assert command_line.main([*arguments, "--sharpness", "100"]) == 0
+    assert named == capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(["--delay", "4", "--preconditioned-sharpness", "100"])
+    assert "is for --optimizer=adam" in capsys.readouterr().err

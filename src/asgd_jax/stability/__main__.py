@@ -65,6 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--sharpness", type=float, help="largest eigenvalue of the Hessian")
     parser.add_argument(
+        "--preconditioned-sharpness",
+        type=float,
+        help="that of D^(-1/2) H D^(-1/2), with --optimizer=adam",
+    )
+    parser.add_argument(
         "--learning-rate", type=float, help="yours: is it stable, up to which delay"
     )
     parser.add_argument(
@@ -138,17 +143,26 @@ def _add_delay(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _read_adam(options: argparse.Namespace) -> None:
+    """Turns what is said of Adam into the damped heavy ball that it is."""
+    if options.preconditioned_sharpness is not None:
+        if options.optimizer != "adam" or options.sharpness is not None:
+            raise ValueError(
+                "--preconditioned-sharpness is for --optimizer=adam, in the place of --sharpness"
+            )
+        options.sharpness = options.preconditioned_sharpness
+    if options.optimizer == "adam":
+        if options.kind != "heavy_ball" or options.no_dampening:
+            raise ValueError("--optimizer=adam is a damped heavy ball: leave out the other kind")
+        options.momentum = _DEFAULT_MOMENTUM if options.momentum is None else options.momentum
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code, 2 for bad input."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
-        if options.optimizer == "adam":
-            if options.kind != "heavy_ball" or options.no_dampening:
-                raise ValueError(
-                    "--optimizer=adam is a damped heavy ball: leave out the other kind"
-                )
-            options.momentum = _DEFAULT_MOMENTUM if options.momentum is None else options.momentum
+        _read_adam(options)
         if options.drop_stale is not None and options.method not in (DROP, "all"):
             raise ValueError(f"--drop-stale={options.drop_stale} needs --method {DROP}")
         if options.stages is not None or options.method is not None:
