@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
 
 import asgd_jax
 from asgd_jax import predict, stability
-from asgd_jax.stability.mitigations import mitigation, predicted_sgd
+from asgd_jax.stability.mitigations import held_state, mitigation, predicted_sgd
 from asgd_jax.training.folder.table import Record, add_runs, open_table, run_key
 from asgd_jax.transforms import delayed_sgd
 from experiments import style
@@ -126,9 +125,7 @@ def _edge(method: str, delay: int, found: Any) -> Record:
     def make(rate: Any) -> optax.GradientTransformation:
         return METHODS[method](rate, delay)
 
-    held = None
-    if method == DC_EMA:  # at a sharpness of 1
-        held = optax.tree.set(make(1.0).init(jnp.zeros(())), square_mean=jnp.array(0.5))
+    held = held_state("dc-ema", make(1.0), 1.0) if method == DC_EMA else None
     computed = stability.optimizer_max_learning_rate(make, 0, optimizer_state=held)
     row = {"threshold": computed, "plain": stability.max_learning_rate(delay)}
     if found is None:

@@ -110,9 +110,14 @@ def run(config: ConfigDict, work: Path) -> list[Record]:
     return found
 
 
+def _ends(rows: pd.DataFrame) -> pd.DataFrame:
+    """The last rows of runs that have not diverged."""
+    return rows[(rows.steps == rows.steps.max()) & (rows.diverged_at < 0)]
+
+
 def best_rate(pilot: pd.DataFrame) -> float:
     """Returns the learning rate of the least validation loss at the end; of no diverged run."""
-    ends = pilot[(pilot.steps == pilot.steps.max()) & (pilot.diverged_at < 0)]
+    ends = _ends(pilot)
     return float(ends.loc[ends.validation_loss.idxmin()].learning_rate)
 
 
@@ -155,8 +160,7 @@ def _methods(records: pd.DataFrame) -> list[str]:
 def final_losses(records: pd.DataFrame, profile: str, method: str) -> np.ndarray:
     """Returns each seed's validation loss at the end, infinite where it diverged."""
     rows = select(records, series=SEEDS, profile=profile, method=method)
-    ends = rows[(rows.steps == rows.steps.max()) & (rows.diverged_at < 0)]
-    losses = ends.set_index("seed").validation_loss
+    losses = _ends(rows).set_index("seed").validation_loss
     return losses.reindex(sorted(rows.seed.unique()), fill_value=np.inf).to_numpy(float)
 
 
@@ -241,7 +245,7 @@ def plot(records: pd.DataFrame) -> Any:
     for axis, (profile, title) in zip(axes, titles.items(), strict=False):
         for method, colour in zip(_methods(records), style.COLOURS, strict=False):
             rows = select(records, series=PILOT, profile=profile, method=method)
-            ends = rows[(rows.steps == rows.steps.max()) & (rows.diverged_at < 0)]
+            ends = _ends(rows)
             look = {"color": colour, "marker": "o", "markersize": 3.5}
             axis.plot(ends.learning_rate, ends.validation_loss, label=METHOD_NAMES[method], **look)
         axis.set_xscale("log")

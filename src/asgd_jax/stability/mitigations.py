@@ -80,6 +80,28 @@ def predicted_sgd(
     return delayed(optax.sgd(rate, momentum=momentum), delay, predict=ahead)
 
 
+def held_state(
+    name: str, optimizer: optax.GradientTransformation, sharpness: float
+) -> optax.OptState | None:
+    """Returns the state at which an optimizer with a mitigation in it is linear; None for any.
+
+    Args:
+      name: of `MITIGATIONS`.
+      optimizer: of one scalar parameter.
+      sharpness: that some held values are in units of.
+
+    >>> float(held_state("dc-ema", mitigation("dc-ema", 1.0, 3), 20.0).square_mean)
+    10.0
+    """
+    method = MITIGATIONS[name]
+    if not method.held:
+        return None
+    unit = sharpness if method.in_sharpness else 1.0
+    values = {key: jnp.array(unit * value) for key, value in method.held.items()}
+    state: optax.OptState = optax.tree.set(optimizer.init(jnp.zeros(())), **values)
+    return state
+
+
 def mitigated_max_learning_rate(
     name: str,
     delay: Delay,
@@ -110,12 +132,9 @@ def mitigated_max_learning_rate(
         before = mitigation(name, rate, mean)
         return optax.chain(before, direction, optax.scale_by_learning_rate(rate))
 
-    state = make(1.0).init(jnp.zeros(()))
-    method = MITIGATIONS[name]
-    if method.held:
-        unit = sharpness if method.in_sharpness else 1.0
-        values = {key: jnp.array(unit * value) for key, value in method.held.items()}
-        options["optimizer_state"] = optax.tree.set(state, **values)
+    held = held_state(name, make(1.0), sharpness)
+    if held is not None:
+        options["optimizer_state"] = held
     return optimizer_max_learning_rate(make, delay, sharpness=sharpness, **options)
 
 

@@ -30,7 +30,7 @@ _CHOICES = {
     "momentum_kind": ("heavy_ball", "nesterov", "shifted"),
     "optimizer": ("sgd", "adam", "adamw", "nadamw"),
     "predict": PREDICTIONS,
-    "compensate": tuple(COMPENSATIONS),
+    "compensate": ("none", *COMPENSATIONS),
     "weight_decay_on": ("all", "kernels"),
     "worker_schedule": ("random", "normal"),
     "batch_stats": BATCH_STATS_MODES,

@@ -29,6 +29,7 @@ from asgd_jax.training.progress import (
     summarize,
 )
 from asgd_jax.training.setup import Setup, make_validation, set_up
+from asgd_jax.training.staleness import is_pipeline
 from asgd_jax.training.state import TrainState, num_params
 from asgd_jax.transforms import distance_to_stale
 
@@ -255,8 +256,7 @@ def _sharpest_stable_minimum(config: ConfigDict, process: DelayProcess) -> dict[
     reasons = {
         "optimizer": config.optimizer != "sgd",
         "momentum_kind": bool(config.momentum) and config.momentum_kind == "nesterov",
-        "delay_distribution": process.pmf is None
-        or (config.delay_distribution == "pipeline" and config.delay > 0),
+        "delay_distribution": process.pmf is None or is_pipeline(config),
         "predict": config.predict != "none",
         "compensate": config.compensate != "none",
         "weight_decay": config.weight_decay > 0,

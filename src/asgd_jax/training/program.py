@@ -20,7 +20,7 @@ from asgd_jax.training.evaluate import Sums, make_measure
 from asgd_jax.training.mesh import AXIS, make_mesh
 from asgd_jax.training.recorded import make_number_of
 from asgd_jax.training.rounds_step import make_round_step
-from asgd_jax.training.staleness import pipeline_delays
+from asgd_jax.training.staleness import is_pipeline, pipeline_delays
 from asgd_jax.training.state import PyTree, TrainState, make_init
 from asgd_jax.training.step import Preprocess, make_train_step
 from asgd_jax.transforms import stale_params
@@ -108,8 +108,9 @@ def build_run(
             number_of=make_number_of(config),
         )
     else:
-        staged = config.delay_distribution == "pipeline" and config.delay > 0
-        leaf_delays = pipeline_delays(config, model, facts.image_shape) if staged else None
+        leaf_delays = None
+        if is_pipeline(config):
+            leaf_delays = pipeline_delays(config, model, facts.image_shape)
         tx = optimizer.make_optimizer(*arguments, leaf_delays=leaf_delays)
         init_optimizer, stale = tx.init, _stale_of
         advance = make_train_step(

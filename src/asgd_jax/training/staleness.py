@@ -13,18 +13,11 @@ from asgd_jax.predict import Predict
 
 PREDICTIONS = ("none", "optimizer", "last_update")
 
-# Of a configuration and the learning rate under the delay.
-COMPENSATIONS: dict[str, Callable[[ConfigDict, Any], optax.GradientTransformation]] = {
-    "none": lambda config, rate: optax.identity(),
-    "staleness_scaling": lambda config, rate: compensate.staleness_scaling(),
-    # As many gradients are in flight as updates pass in a round.
-    "delay_adaptive": lambda config, rate: compensate.delay_adaptive(config.delay + 1),
-    "power_scaling": lambda config, rate: compensate.power_scaling(),
-    "dc_asgd": lambda config, rate: compensate.dc_asgd(),
-    "dc_asgd_adaptive": lambda config, rate: compensate.dc_asgd(2.0, adaptive=True),
-    "dc_ema": lambda config, rate: compensate.dc_ema(),
-    "gap_aware": lambda config, rate: _gap_aware(config, rate),
-}
+
+def adam_direction(config: ConfigDict) -> optax.GradientTransformation:
+    """Returns what a configuration's Adam, or NAdam, does to gradients."""
+    nesterov = config.optimizer == "nadamw"
+    return optax.scale_by_adam(config.adam_b1, config.adam_b2, nesterov=nesterov)
 
 
 def _gap_aware(config: ConfigDict, rate: Any) -> optax.GradientTransformation:
@@ -33,11 +26,17 @@ def _gap_aware(config: ConfigDict, rate: Any) -> optax.GradientTransformation:
     return compensate.gap_aware(rate, direction=adam_direction(config))
 
 
-def adam_direction(config: ConfigDict) -> optax.GradientTransformation:
-    """Returns what a configuration's Adam, or NAdam, does to gradients."""
-    nesterov = config.optimizer == "nadamw"
-    return optax.scale_by_adam(config.adam_b1, config.adam_b2, nesterov=nesterov)
-
+# Of a configuration and the learning rate under the delay.
+COMPENSATIONS: dict[str, Callable[[ConfigDict, Any], optax.GradientTransformation]] = {
+    "staleness_scaling": lambda config, rate: compensate.staleness_scaling(),
+    # As many gradients are in flight as updates pass in a round.
+    "delay_adaptive": lambda config, rate: compensate.delay_adaptive(config.delay + 1),
+    "power_scaling": lambda config, rate: compensate.power_scaling(),
+    "dc_asgd": lambda config, rate: compensate.dc_asgd(),
+    "dc_asgd_adaptive": lambda config, rate: compensate.dc_asgd(2.0, adaptive=True),
+    "dc_ema": lambda config, rate: compensate.dc_ema(),
+    "gap_aware": _gap_aware,
+}
 
 _CONFLICTS = (
     ("delay_distribution", "pipeline", "momentum_kind", "shifted", "stages have no worker each"),
@@ -52,6 +51,11 @@ _CONFLICTS = (
     ("predict", "optimizer", "dampening", True, "its momentum is read as the undamped one"),
     ("predict", "optimizer", "weight_decay_on", "kernels", "it predicts one decay for all leaves"),
 )
+
+
+def is_pipeline(config: ConfigDict) -> bool:
+    """Whether leaves have delays of their own, those of a pipeline's stages."""
+    return bool(config.delay_distribution == "pipeline" and config.delay > 0)
 
 
 def pipeline_delays(
