@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 
 import functools
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if optimised and compiler.get_compile_options is options_of_tests:
         jax.clear_caches()  # what other tests left is not what users run
     compiler.get_compile_options = options_of_users if optimised else options_of_tests
+
+
+# A trace makes millions of objects that reference counts free; looking for cycles among all that
+# JAX, Flax and TensorFlow have loaded would be a tenth of the suite's time.
+gc.set_threshold(200_000, 50, 50)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
