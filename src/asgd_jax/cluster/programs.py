@@ -169,19 +169,28 @@ def first_fault(pushed: Pushed, params: PyTree) -> str | None:
     >>> first_fault(bad, {"w": np.zeros(3)})
     "['w'] has shape (2,), not (3,)"
     """
-    found = jax.tree_util.tree_leaves_with_path(pushed.gradients)
-    wanted = jax.tree_util.tree_leaves_with_path(params)
-    if [path for path, _ in found] != [path for path, _ in wanted]:
+    structure: Any = jax.tree.structure(pushed.gradients)
+    if structure != jax.tree.structure(params):
         return "other leaves than the parameters"
-    for (path, leaf), (_, param) in zip(found, wanted, strict=True):
-        name = jax.tree_util.keystr(path) or "the gradient"
+    leaves = zip(jax.tree.leaves(pushed.gradients), jax.tree.leaves(params), strict=True)
+    for k, (leaf, param) in enumerate(leaves):
         if np.shape(leaf) != np.shape(param):
-            return f"{name} has shape {np.shape(leaf)}, not {np.shape(param)}"
-    for path, leaf in [*found, *jax.tree_util.tree_leaves_with_path(pushed.batch_stats)]:
-        # A sum is not finite where an entry is not; where it overflows, look at each.
-        values = np.asarray(leaf)
-        with np.errstate(over="ignore", invalid="ignore"):
-            total = values.sum()
-        if not np.isfinite(total) and not np.isfinite(values).all():
-            return f"{jax.tree_util.keystr(path) or 'the gradient'} is not finite"
+            shapes = f"{np.shape(leaf)}, not {np.shape(param)}"
+            return f"{_name_of_leaf(pushed.gradients, k)} has shape {shapes}"
+    for tree in (pushed.gradients, pushed.batch_stats):
+        for k, leaf in enumerate(jax.tree.leaves(tree)):
+            if not _is_finite(np.asarray(leaf)):
+                return f"{_name_of_leaf(tree, k)} is not finite"
     return None
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    # A sum is not finite where an entry is not; where it overflows, look at each.
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = values.sum()
+    return bool(np.isfinite(total) or np.isfinite(values).all())
+
+
+def _name_of_leaf(tree: PyTree, number: int) -> str:
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return jax.tree_util.keystr(paths[number]) or "the gradient"

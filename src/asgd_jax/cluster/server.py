@@ -276,7 +276,7 @@ class Server:
         number = self._numbers.take(worker)
         pulled = pull_state(self._state, self._version)
         self._under_way[worker] = _Lease(life, number, pulled)
-        return Task(self._version, number, jax.device_get(pulled.params))
+        return Task(self._version, number, jax.tree.map(np.asarray, pulled.params))
 
     def _forget(self, worker: int) -> None:
         lease = self._under_way.pop(worker, None)
@@ -383,8 +383,9 @@ def _add(
     totals: ChunkTotals, pushed: Pushed, staleness: int, update: int, config: ConfigDict
 ) -> ChunkTotals:
     """The totals with one more update, see `training.chunk.add_step`."""
-    histogram = np.asarray(totals.staleness)
-    histogram = np.pad(histogram, (0, max(0, staleness + 1 - histogram.size)))  # a copy
+    before = np.asarray(totals.staleness)
+    histogram = np.zeros(max(before.size, staleness + 1), before.dtype)
+    histogram[: before.size] = before
     histogram[staleness] += 1
     loss = float(pushed.loss)
     fine = loss <= config.divergence_loss  # False for NaN too

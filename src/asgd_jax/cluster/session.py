@@ -121,5 +121,10 @@ def worker_environment(*, accelerator: bool = False) -> dict[str, str]:
         "NPROC": "1",  # XLA's pool of threads
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
+        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0",  # all wait for the result: no thread in between
+        # Every version is new memory: glibc would fetch it from the kernel, page by page, and give
+        # it back at each update.
+        "MALLOC_MMAP_THRESHOLD_": str(2**30),
+        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     }
     return settings if accelerator else {**settings, "JAX_PLATFORMS": "cpu"}
