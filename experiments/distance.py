@@ -1,6 +1,6 @@
 """How far what was run is from the paper's setting: read off the two configurations."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from asgd_jax.data import FACTS
@@ -19,15 +19,10 @@ def setting(config: Mapping[str, Any]) -> dict[str, str]:
     """
     train = config.get("train", config.get("start"))
     if train is None:
-        if "measured_delays" in config:
-            return _of_minimum(config)
-        if "layers_per_stage" in config:
-            return _of_stages(config)
-        if "measured_on" in config:
-            return _of_noise(config)
-        if "uniform_delays" in config:
-            return _of_adam(config)
-        return _of_tracks(config) if "same_rate_data" in config else {"sort": _NUMERIC}
+        for field, words in _OWN_WORDS.items():
+            if field in config:
+                return words(config)
+        return {"sort": _NUMERIC}
     facts = FACTS[train["dataset"]]
     images = train["num_train"] or facts.num_train
     blocks = train["model_options"].get("stage_sizes")
@@ -125,5 +120,29 @@ def _of_adam(config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def _of_real_workers(config: Mapping[str, Any]) -> dict[str, str]:
+    """Of workers that are processes, on digits and MNIST."""
+    epochs = config["mnist_epochs"]
+    return {
+        "digits": f"digits, {config['digits_epochs']} epochs",
+        "mnist": f"MNIST, {config['mnist_samples']:,} images, {epochs} epochs",
+        "model": f"LeNet at width {config['width']:g}",
+        "times": f"a gradient takes {config['seconds']:g} s",
+        "straggler": f"one worker {config['straggler_factor']:g} times as slow",
+        "limit": f"staleness up to {config['max_staleness']}",
+    }
+
+
 def _listed(values: Any) -> str:
     return ", ".join(str(value) for value in values)
+
+
+# By a field that no other figure's configuration has.
+_OWN_WORDS: dict[str, Callable[[Mapping[str, Any]], dict[str, str]]] = {
+    "measured_delays": _of_minimum,
+    "layers_per_stage": _of_stages,
+    "measured_on": _of_noise,
+    "uniform_delays": _of_adam,
+    "same_rate_data": _of_tracks,
+    "straggler_factor": _of_real_workers,
+}

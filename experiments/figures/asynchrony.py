@@ -39,10 +39,9 @@ CAPTION = (
 PROXY = "a cluster: its workers are processes of one machine, with injected compute times"
 
 WHY = (
-    "We think: the last bits in which the compiled loop sums otherwise grow along a run of a "
-    "convolutional network to 2 % of its train loss, while the same two programs end with the same "
-    "bits. The machine was busy with other work, so MNIST's gradients and messages took a good "
-    "part of the injected times, and the simulation has no messages."
+    "the last bits in which the compiled loop sums otherwise grow along a run of a "
+    "convolutional network until its train loss differs by two parts in a thousand, while the same "
+    "two programs end with the same bits."
 )
 
 REAL, REPLAY = "real", "replay"

@@ -37,7 +37,7 @@ RUN = [
 
 @pytest.fixture(scope="module")
 def ray():
-    with open_ray(None, num_cpus=8) as module:
+    with open_ray(None, num_cpus=3) as module:  # two workers and a server
         yield module
     assert wait_until(lambda: not descendants(os.getpid(), "ray"))
 
@@ -107,7 +107,7 @@ def test_workers_and_server_are_killed_and_the_replay_has_the_same_bits(
     ray, small_config, tmp_path, capfd
 ):
     small_config.update(
-        epochs=18, momentum=0.5, momentum_kind="shifted", learning_rate_rule="inverse",
+        num_workers=2, epochs=18, momentum=0.5, momentum_kind="shifted", learning_rate_rule="inverse",
         learning_rate=0.1, worker_times="constant .03", checkpoint_every_steps=8,
     )  # fmt: skip
     killed = []
@@ -148,6 +148,7 @@ def test_workers_and_server_are_killed_and_the_replay_has_the_same_bits(
 def test_a_straggler_is_dropped_or_waited_for(ray, small_config, tmp_path):
     """With a worker 15 times as slow: no update beyond the limit, the rest is counted as wasted."""
     small_config.update(epochs=3, learning_rate=0.05, worker_times="straggler .02 15")
+    small_config.num_workers = 2
     small_config.update(max_staleness=4)
     summary = train_async(small_config, tmp_path / "drop", progress=False)
     assert_whole(tmp_path / "drop", summary)
