@@ -24,13 +24,6 @@ _SLACK = 2**18
 _PATIENCE = 10.0
 
 
-class Header(NamedTuple):
-    """A `Task` without its parameters, which are in the channel."""
-
-    version: int
-    number: int
-
-
 class Connection(NamedTuple):
     """The two channels between a worker and its server.
 
@@ -124,13 +117,13 @@ class ServerActor(Server):
         self._lines[worker] = Connection(life, make_take(up), down)
         return down
 
-    async def begin(self, worker: int, life: int) -> Header | None:
-        """`pull`, with the parameters in the channel."""
+    async def begin(self, worker: int, life: int) -> int | None:
+        """`pull`, with the parameters in the channel: returns the number of the batch."""
         return self._send(worker, life, await self.pull(worker, life))
 
     async def exchange(
         self, worker: int, life: int, number: int, compute_seconds: float
-    ) -> Header | None:
+    ) -> int | None:
         """`push` of what is in the channel from the worker, with the answer in the other."""
         line = self._lines[worker]
         if line.life != life:  # another process has taken its place
@@ -140,9 +133,9 @@ class ServerActor(Server):
             worker, life, await self.push(worker, life, number, pushed, compute_seconds)
         )
 
-    def _send(self, worker: int, life: int, task: Task | None) -> Header | None:
+    def _send(self, worker: int, life: int, task: Task | None) -> int | None:
         line = self._lines[worker]
         if task is None or line.life != life:
             return None
         line.down.write(task.params, timeout=_PATIENCE)
-        return Header(task.version, task.number)
+        return task.number

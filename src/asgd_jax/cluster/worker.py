@@ -68,14 +68,14 @@ class RealWorker:
             up = open_channel(server, ray.get(server.node.remote()), size)
             down = ray.get(server.connect.remote(self._worker, self._life, up, here, node_id()))
             take = make_take(down)
-            header = ray.get(server.begin.remote(self._worker, self._life))
-            while header is not None:
+            number = ray.get(server.begin.remote(self._worker, self._life))
+            while number is not None:
                 began = time.perf_counter()
-                up.write(self._answer(header.number, take()))
+                up.write(self._answer(number, take()))
                 self._pause(began)
                 seconds = time.perf_counter() - began
-                answer = server.exchange.remote(self._worker, self._life, header.number, seconds)
-                header = ray.get(answer)
+                answer = server.exchange.remote(self._worker, self._life, number, seconds)
+                number = ray.get(answer)
         except ray.exceptions.RayActorError:
             return "server lost"
         return "finished"
