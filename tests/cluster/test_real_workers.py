@@ -107,8 +107,9 @@ def test_workers_and_server_are_killed_and_the_replay_has_the_same_bits(
     ray, small_config, tmp_path, capfd
 ):
     small_config.update(
-        num_workers=2, epochs=18, momentum=0.5, momentum_kind="shifted", learning_rate_rule="inverse",
-        learning_rate=0.1, worker_times="constant .03", checkpoint_every_steps=8,
+        num_workers=2, epochs=18, momentum=0.5, momentum_kind="shifted",
+        learning_rate_rule="inverse", learning_rate=0.1, worker_times="constant .03",
+        checkpoint_every_steps=8,
     )  # fmt: skip
     killed = []
 
