@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 if importlib.util.find_spec("ray") is None:
     pytest.skip("Ray is not installed: pip install 'asgd-jax[ray]'", allow_module_level=True)
+
+from watched import descendants, num_updates, processes, wait_until
 
 from asgd_jax.cluster.log import UPDATES_FILE
 from asgd_jax.cluster.session import open_ray
@@ -42,46 +43,12 @@ def ray():
     assert wait_until(lambda: not descendants(os.getpid(), "ray"))
 
 
-def processes():
-    """(pid, parent, command line) of all processes."""
-    for entry in Path("/proc").iterdir():
-        try:
-            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            yield int(entry.name), parent, (entry / "cmdline").read_text().replace("\0", " ")
-        except (ValueError, OSError):
-            continue
-
-
-def descendants(ancestor, text):
-    """The processes below `ancestor` whose command line holds a text."""
-    table = list(processes())
-    below, found = {ancestor}, set()
-    while below - found:
-        found |= below
-        below |= {pid for pid, parent, _ in table if parent in below}
-    return sorted(pid for pid, _, line in table if pid in below - {ancestor} and text in line)
-
-
 def still_there(pids, but=None):
     return [
         line
         for pid, _, line in processes()
         if pid in pids and "ray" in line and not (but and but in line)
     ]
-
-
-def wait_until(condition, seconds=240.0):
-    until = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def num_updates(workdir):
-    file = workdir / UPDATES_FILE
-    return file.read_bytes().count(b"\n") - 1 if file.exists() else 0
 
 
 def replay_of(workdir):
