@@ -4,6 +4,7 @@ import importlib.util
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +32,9 @@ def run(options: BenchOptions) -> Result:
     """
     if importlib.util.find_spec("ray") is None:
         raise Skipped("Ray is not installed: pip install 'asgd-jax[ray]'")
-    rows = [measure(epochs=1 if options.quick else 4) for _ in range(1 if options.quick else 7)]
+    count, epochs = (1, 1) if options.quick else (7, 5)
+    with open_ray(None, num_cpus=_WORKERS + 1, store_bytes=2**29) as ray:
+        rows = [measure(ray, epochs) for _ in range(count)]
     rates = np.array([row["updates/s"] for row in rows])
     low, median, high = np.quantile(rates, (0.25, 0.5, 0.75))
     server = float(np.median([row["server (ms CPU an update)"] for row in rows]))
@@ -47,7 +50,7 @@ def run(options: BenchOptions) -> Result:
     return Result([Table("runs, one after the other", rows)], [goal(claim, reason)], notes)
 
 
-def measure(epochs: int) -> TableRow:
+def measure(ray: Any, epochs: int) -> TableRow:
     """Returns one run's updates a second, from the first report of the server to the last."""
     config = default_config()
     config.update(
@@ -60,21 +63,20 @@ def measure(epochs: int) -> TableRow:
         momentum=0.9,
     )
     config = real_config(config, _WORKERS)
-    with open_ray(None, num_cpus=_WORKERS + 1, store_bytes=2**29) as ray:
-        run = open_real_run(config)
-        size = 4 * num_params(jax.eval_shape(run.programs.init).params)
-        crew = Crew(ray, config, ray.put(run.feed.samples), constant=True)
-        server = crew.hire_server(None)
-        pid = ray.get(server.ready.remote())
-        crew.start(server)
-        first = ray.get(server.report.remote(60.0))
-        began, before = time.perf_counter(), _cpu_seconds(pid)
-        updates, finished = 0, first.finished
-        while not finished:
-            report = ray.get(server.report.remote(1.0))
-            updates, finished = updates + len(report.updates), report.finished
-        seconds, busy = time.perf_counter() - began, _cpu_seconds(pid) - before
-        crew.dismiss(server)
+    run = open_real_run(config)
+    size = 4 * num_params(jax.eval_shape(run.programs.init).params)
+    crew = Crew(ray, config, ray.put(run.feed.samples), constant=True)
+    server = crew.hire_server(None)
+    pid = ray.get(server.ready.remote())
+    crew.start(server)
+    first = ray.get(server.report.remote(60.0))
+    began, before = time.perf_counter(), _cpu_seconds(pid)
+    updates, finished = 0, first.finished
+    while not finished:
+        report = ray.get(server.report.remote(1.0))
+        updates, finished = updates + len(report.updates), report.finished
+    seconds, busy = time.perf_counter() - began, _cpu_seconds(pid) - before
+    crew.dismiss(server)
     return {
         "updates": updates,
         "updates/s": updates / seconds,
