@@ -18,7 +18,7 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(PY) -m pytest -n 2 --dist=worksteal --durations=15 -m "not long"
 
-# What waits for minutes: Ray's agents notice a killed driver late.
+# What waits for minutes: Ray notices late that a driver was killed or a node is lost.
 test-long: .venv/.installed
 	$(PY) -m pytest -n 0 -m long tests
 

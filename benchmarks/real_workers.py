@@ -1,19 +1,19 @@
 """A real server: updates a second where workers return a constant gradient; needs Ray."""
 
-import importlib.util
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+from ml_collections import ConfigDict
 
 from asgd_jax.cluster.crew import Crew
-from asgd_jax.cluster.real_run import open_real_run, real_config
-from asgd_jax.cluster.session import open_ray
+from asgd_jax.cluster.real_run import RealRun, open_real_run, real_config
+from asgd_jax.cluster.session import open_ray, require_ray
 from asgd_jax.training import default_config
 from asgd_jax.training.state import num_params
+from benchmarks.harness import spread
 from benchmarks.result import BenchOptions, Result, Skipped, Table, TableRow, goal
 from experiments.claims import at_least
 
@@ -30,18 +30,22 @@ def run(options: BenchOptions) -> Result:
     Raises:
       Skipped: where Ray is not installed.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise Skipped("Ray is not installed: pip install 'asgd-jax[ray]'")
-    count, epochs = (1, 1) if options.quick else (7, 5)
+    try:
+        require_ray()
+    except ValueError as error:
+        raise Skipped(str(error)) from error
+    # From the first epoch's end on.
+    count, epochs = (1, 2) if options.quick else (7, 5)
     with open_ray(None, num_cpus=_WORKERS + 1, store_bytes=2**29) as ray:
-        rows = [measure(ray, epochs) for _ in range(count)]
-    rates = np.array([row["updates/s"] for row in rows])
-    low, median, high = np.quantile(rates, (0.25, 0.5, 0.75))
-    server = float(np.median([row["server (ms CPU an update)"] for row in rows]))
-    claim = at_least("updates a second, LeNet-sized gradients", float(median), _WANTED)
+        real = open_real_run(_config(epochs))
+        rows = [measure(ray, real) for _ in range(count)]
+    rates = spread([row["updates/s"] for row in rows])
+    server = spread([row["server (ms CPU an update)"] for row in rows]).median
+    claim = at_least("updates a second, LeNet-sized gradients", rates.median, _WANTED)
     reason = (
-        f"quartiles {low:.0f} to {high:.0f}; the server's process takes {server:.2f} ms of CPU an "
-        "update, a third of it the update, the rest Ray's calls, its channels and their copies"
+        f"quartiles {rates.low:.0f} to {rates.high:.0f}; the server's process takes {server:.2f} "
+        "ms of CPU an update, a third of it the update, the rest Ray's calls, its channels and "
+        "their copies"
     )
     notes = [
         "Workers push one gradient of LeNet (1.72 MB) again and again; heavy ball on the server.",
@@ -50,8 +54,7 @@ def run(options: BenchOptions) -> Result:
     return Result([Table("runs, one after the other", rows)], [goal(claim, reason)], notes)
 
 
-def measure(ray: Any, epochs: int) -> TableRow:
-    """Returns one run's updates a second, from the first report of the server to the last."""
+def _config(epochs: int) -> ConfigDict:
     config = default_config()
     config.update(
         dataset="mnist",
@@ -62,10 +65,13 @@ def measure(ray: Any, epochs: int) -> TableRow:
         epochs=epochs,
         momentum=0.9,
     )
-    config = real_config(config, _WORKERS)
-    run = open_real_run(config)
+    return real_config(config, _WORKERS)
+
+
+def measure(ray: Any, run: RealRun) -> TableRow:
+    """Returns one run's updates a second, from the first report of the server to the last."""
     size = 4 * num_params(jax.eval_shape(run.programs.init).params)
-    crew = Crew(ray, config, ray.put(run.feed.samples), constant=True)
+    crew = Crew(ray, run.config, ray.put(run.feed.samples), constant=True)
     server = crew.hire_server(None)
     pid = ray.get(server.ready.remote())
     crew.start(server)

@@ -1,7 +1,6 @@
 """Two nodes, as Ray starts them on one machine: what crosses between them, and one is lost."""
 
 import importlib.util
-import logging
 import os
 import threading
 
@@ -28,8 +27,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.long]
 class Nodes:
     """A head with room for two processes, and others with room for one each."""
 
-    def __init__(self, ray, cluster):
-        self.ray, self.cluster = ray, cluster
+    def __init__(self, cluster):
+        self.cluster = cluster
         self.others = [cluster.add_node(num_cpus=1)]
 
     def add(self):
@@ -50,14 +49,12 @@ def nodes():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in session._RAY_SETTINGS.items():
             patch.setenv(name, os.environ.get(name, value))
-        import ray
         from ray.cluster_utils import Cluster
 
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-        found = Nodes(ray, cluster)
-        ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
-        yield found
-        ray.shutdown()
+        found = Nodes(cluster)
+        with session.open_ray(cluster.address, num_cpus=0):
+            yield found
         cluster.shutdown()
 
 
