@@ -25,7 +25,8 @@ from asgd_jax.training.folder.table import Record, holds_fingerprint
 from asgd_jax.training.program import make_model
 from asgd_jax.training.state import PyTree
 from asgd_jax.training.step import cross_entropy
-from asgd_jax.training.sweep import Point, sweep, train_params
+from asgd_jax.training.sweep import Point, sweep
+from asgd_jax.training.sweep_groups import train_params
 from experiments.along import batch_mean
 from experiments.edges.leaving import E_FOLDS, bracket, e_fold, has_left, next_index
 

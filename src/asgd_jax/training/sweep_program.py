@@ -87,6 +87,7 @@ def put_samples(dataset: Dataset, batch_size: int, *, full_train: bool) -> Sampl
 
 
 WholeRun = Callable[[RunValues, Samples, PyTree | None], tuple[Curve, PyTree]]
+Program = Callable[[RunValues, Samples, PyTree | None], Curve]  # of a block of runs
 
 
 class Shared(NamedTuple):
@@ -218,9 +219,7 @@ def _empty_curve(num_rows: int) -> Curve:
     return Curve(counts, *(numbers,) * 6, counts + NOT_DIVERGED)
 
 
-def compile_runs(
-    run: WholeRun, runs_at_once: int, num_devices: int | None
-) -> Callable[[RunValues, Samples, PyTree | None], Curve]:
+def compile_runs(run: WholeRun, runs_at_once: int, num_devices: int | None) -> Program:
     """Returns the program for a block of runs, split over the devices.
 
     Each device takes its share of the leading axis, `runs_at_once` at a time by `vmap` and the
