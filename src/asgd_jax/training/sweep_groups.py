@@ -133,12 +133,12 @@ def _program_of(runs: Runs, at_once: int, num_devices: int) -> Program:
     return program
 
 
-def train_params(config: ConfigDict, dataset: Dataset) -> PyTree:
-    """Returns the live parameters at the end of one run."""
+def train_params(config: ConfigDict, dataset: Dataset, initial: PyTree | None = None) -> PyTree:
+    """Returns the live parameters at the end of one run, from `initial` ones or the seed's."""
     (runs,) = group_runs([config], [0], dataset, 1, False)
     samples = put_samples(dataset, config.eval_batch_size, full_train=False)
     values = take(stack_values(runs, np.inf), 0)
-    return jax.jit(make_whole_run(runs.shared))(values, samples, None)[1]
+    return jax.jit(make_whole_run(runs.shared))(values, samples, initial)[1]
 
 
 def take(tree: PyTree, index: Any) -> PyTree:
