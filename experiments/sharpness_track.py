@@ -56,8 +56,8 @@ def make_track(problem: Problem) -> Callable[..., list[Sample]]:
       problem: its one batch is the whole training set.
 
     Returns:
-      `track`, of an optimizer and of the numbers of updates, rising from 0 or more, after which to
-      measure: a `Sample` for each. The measurement compiles once for all optimizers, the updates
+      `track`, of an optimizer, of the numbers of updates, rising from 0 or more, after which to
+      measure, and of parameters to start from (the problem's by default): a `Sample` for each. The measurement compiles once for all optimizers, the updates
       once for each.
 
     Raises:
@@ -77,11 +77,14 @@ def make_track(problem: Problem) -> Callable[..., list[Sample]]:
     measure = curvature.make_sharpness(loss_fn, tol=_TOLERANCE)
     loss_of = jax.jit(loss_fn)
 
-    def track(optimizer: optax.GradientTransformation, steps: Sequence[int]) -> list[Sample]:
+    def track(
+        optimizer: optax.GradientTransformation, steps: Sequence[int], start: Any = None
+    ) -> list[Sample]:
         if not steps or min(np.diff([-1, *steps])) < 1:
             raise ValueError(f"steps must rise from 0 or more, got {list(steps)}")
         advance = _make_advance(loss_fn, optimizer)
-        params, state, done, vector = initial, optimizer.init(initial), 0, None
+        params = initial if start is None else start
+        state, done, vector = optimizer.init(params), 0, None
         samples = []
         for step in steps:
             params, state = advance(params, state, batch, step - done)

@@ -6,7 +6,7 @@ point, A-SGD continues at one delay and learning rate after another, also after 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from asgd_jax import curvature, data
+from asgd_jax import curvature
 from asgd_jax.data.in_memory import Dataset
 from asgd_jax.training.config import validate_config
 from asgd_jax.training.feed import load_dataset, plan_of
@@ -26,6 +26,7 @@ from asgd_jax.training.program import make_model
 from asgd_jax.training.state import PyTree
 from asgd_jax.training.step import cross_entropy
 from asgd_jax.training.sweep import Point, sweep, train_params
+from experiments.along import batch_mean
 from experiments.edges.leaving import E_FOLDS, bracket, e_fold, has_left, next_index
 
 RESOLUTION = 0.08  # learning rates lie on a geometric grid of this step, as in the paper
@@ -62,13 +63,13 @@ def reach_minimum(config: ConfigDict, work: Path) -> Start:
     loss, error = (
         float(np.mean([measure(params, batch) for batch in batches]))
         for measure in (
-            jax.jit(_batch_mean(config, dataset, each)) for each in (cross_entropy, _is_wrong)
+            jax.jit(batch_mean(config, dataset, each)) for each in (cross_entropy, _is_wrong)
         )
     )
     if not math.isfinite(loss):
         raise ValueError(f"S-SGD diverged at learning rate {config.learning_rate}: lower it")
     smoothed = partial(cross_entropy, smoothing=config.label_smoothing)
-    loss_fn = _batch_mean(config, dataset, smoothed)
+    loss_fn = batch_mean(config, dataset, smoothed)
     top = curvature.sharpness(loss_fn, params, batches, tol=1e-3)
     return Start(params, loss, float(top.value), error)
 
@@ -103,19 +104,6 @@ def _trained(config: ConfigDict, dataset: Dataset, file: Path) -> PyTree:
 def _is_wrong(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """1 for every sample whose largest logit is another class's."""
     return (logits.argmax(axis=-1) != labels).astype(np.float32)
-
-
-def _batch_mean(
-    config: ConfigDict, dataset: Dataset, measure: Callable[[jax.Array, jax.Array], jax.Array]
-) -> Callable[[PyTree, tuple[jax.Array, jax.Array]], jax.Array]:
-    """The mean of `measure(logits, labels)` over a batch, in evaluation mode."""
-    model, normalize = make_model(config, dataset.num_classes), data.normalizer(dataset)
-
-    def mean(params: PyTree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits = model.apply({"params": params}, normalize(batch[0]), train=False)
-        return measure(logits, batch[1]).mean()
-
-    return mean
 
 
 def _training_batches(config: ConfigDict, dataset: Dataset) -> list[tuple[Any, Any]]:

@@ -47,15 +47,17 @@ def tanh_problem(
     *,
     hidden: tuple[int, ...],
     weight_decay: float = 0.0,
+    label_smoothing: float | None = None,
     seed: int = 0,
 ) -> Problem:
-    """Returns a tanh network with squared loss on one-hot targets, in one full batch.
+    """Returns a tanh network in one full batch, with squared loss on one-hot targets.
 
     Args:
       dataset: whose training labels are to be told.
       images: its training images, normalised.
       hidden: widths of the hidden layers.
       weight_decay: factor of |params|^2 / 2 in the loss.
+      label_smoothing: where given, the loss is cross-entropy with so much of it instead.
       seed: of the initial parameters.
     """
     targets = jax.nn.one_hot(dataset.train_labels, dataset.num_classes)
@@ -64,9 +66,14 @@ def tanh_problem(
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:
         images, targets = batch
-        error = model.apply({"params": params}, images, train=False) - targets
+        outputs = model.apply({"params": params}, images, train=False)
+        if label_smoothing is None:
+            losses = jnp.sum((outputs - targets) ** 2, axis=-1) / 2.0
+        else:
+            smoothed = optax.smooth_labels(targets, label_smoothing)
+            losses = optax.softmax_cross_entropy(outputs, smoothed)
         decay = weight_decay * optax.tree.norm(params, squared=True) if weight_decay else 0.0
-        return (jnp.mean(jnp.sum(error**2, axis=-1)) + decay) / 2.0
+        return jnp.mean(losses) + decay / 2.0
 
     return Problem(loss_fn, params, [(images, targets)])
 
