@@ -22,7 +22,7 @@ MARKS = (0.0, 0.5, 1.0, 2.0)
 def config():
     config = get_config("asgd_same")
     config.update(num_train=128, num_validation=64, epochs=2, worker_batch_size=16, num_workers=4)
-    config.update(learning_rate_rule="none", model="mlp", num_devices=1)
+    config.update(learning_rate_rule="none", model="mlp", delay=3, num_devices=1)
     config.model_options = {"hidden": ()}  # a linear model: its Hessian is small
     return config
 
