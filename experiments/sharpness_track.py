@@ -57,8 +57,8 @@ def make_track(problem: Problem) -> Callable[..., list[Sample]]:
 
     Returns:
       `track`, of an optimizer, of the numbers of updates, rising from 0 or more, after which to
-      measure, and of parameters to start from (the problem's by default): a `Sample` for each. The measurement compiles once for all optimizers, the updates
-      once for each.
+      measure, and of parameters to start from (the problem's by default): a `Sample` for each
+      measurement. Measuring compiles once for all optimizers, the updates once for each.
 
     Raises:
       ValueError: when the problem has more than one batch; from `track`, for steps that don't rise.

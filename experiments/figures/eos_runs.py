@@ -30,8 +30,7 @@ class TrainingSet(NamedTuple):
       hidden: widths of the hidden layers.
       initial_scale: multiplies the initial weights. Small ones are in a flat place, so that there
         is room below the edge for sharpness to rise in.
-      label_smoothing: None for squared loss on one-hot targets, else cross-entropy with so much,
-        without which logits grow for ever and sharpness falls in the end.
+      label_smoothing: None for squared loss on one-hot targets, else cross-entropy with so much.
     """
 
     name: str
@@ -52,10 +51,12 @@ class Config(NamedTuple):
       rescaled_delays: its delays.
       momentum_rate, momentum_delay: of the third panel.
       momenta: (momentum, kind) of its runs, all dampened.
-      cross_entropy_data, cross_entropy_rate, cross_entropy_delays: of the fourth panel.
-      random_rate, random_longest: of the last one, whose delays are of mean `random_longest` / 2:
-        constant, uniform up to the longest, or either none or the longest.
-      time, same_rate_time, cross_entropy_time: learning rate x steps of each run.
+      cross_entropy_data, cross_entropy_edge, cross_entropy_delays: of the fourth panel, with rates
+        in proportion to h* too.
+      random_edges: of the last one, the sharpness of a typical run (`Edges.typical`) that the rate
+        is chosen for, by the delays' name; see `delay_processes`.
+      random_longest: its largest delay, twice the mean.
+      time, same_rate_time, cross_entropy_time, random_time: learning rate x steps of each run.
       num_samples: measurements of the sharpness in a run, after the one at the start.
       seeds: of the initial parameters and of random delays.
     """
@@ -75,19 +76,24 @@ class Config(NamedTuple):
         (0.5, "shifted"),
         (0.9, "shifted"),
     )
-    cross_entropy_rate: float = 0.06
+    cross_entropy_edge: float = 3.0
     cross_entropy_delays: tuple[int, ...] = (0, 2, 8)
-    random_rate: float = 0.03
+    random_edges: tuple[tuple[str, float], ...] = (
+        ("constant", 10.0),
+        ("uniform", 10.0),
+        ("none or all", 6.5),
+    )
     random_longest: int = 16
     time: float = 800.0
     same_rate_time: float = 1000.0
-    cross_entropy_time: float = 800.0
+    cross_entropy_time: float = 300.0
+    random_time: float = 1600.0
     num_samples: int = 40
     seeds: tuple[int, ...] = (0,)
 
 
 _TINY = TrainingSet("digits", 64, (16, 16))
-_TINY_CROSS = _TINY._replace(label_smoothing=0.1)
+_TINY_CROSS = _TINY._replace(label_smoothing=0.0)
 PRESETS = {
     "smoke": Config(
         _TINY,
@@ -99,30 +105,30 @@ PRESETS = {
         momentum_rate=0.1,
         momentum_delay=2,
         momenta=((0.9, "heavy_ball"), (0.5, "shifted")),
-        cross_entropy_rate=0.16,
         cross_entropy_delays=(0, 2),
-        random_rate=0.1,
         random_longest=4,
         time=200.0,
         same_rate_time=300.0,
-        cross_entropy_time=200.0,
+        cross_entropy_time=50.0,
+        random_time=200.0,
         num_samples=8,
         seeds=(0, 1),
     ),
     "cpu": Config(
         TrainingSet("mnist", 512, (32, 32)),
         TrainingSet("digits", 256, (32, 32, 32)),
-        TrainingSet("digits", 256, (32, 32, 32), label_smoothing=0.1),
+        TrainingSet("mnist", 1024, (32, 32), label_smoothing=0.0),
         seeds=(0, 1, 2, 3, 4),
     ),
     "paper": Config(
         TrainingSet("mnist", 5000, (64, 64)),
         TrainingSet("digits", 1437, (64, 64, 64)),
-        TrainingSet("digits", 1437, (64, 64, 64), label_smoothing=0.1),
+        TrainingSet("mnist", 5000, (64, 64), label_smoothing=0.0),
         rescaled_delays=(0, 2, 8, 16, 32),
         time=2000.0,
         same_rate_time=3000.0,
-        cross_entropy_time=2000.0,
+        cross_entropy_time=600.0,
+        random_time=3000.0,
         num_samples=80,
         seeds=(0, 1, 2, 3, 4),
     ),
@@ -143,7 +149,7 @@ class Trajectory(NamedTuple):
 
 
 def delay_processes(longest: int) -> dict[str, DelayProcess]:
-    """Returns the delays of the last panel, all of mean `longest` / 2, by name."""
+    """Returns the delays of the last panel by name, all of mean `longest` / 2."""
     return {
         "constant": constant(longest // 2),
         "uniform": uniform(0, longest),
@@ -162,12 +168,16 @@ def all_runs(config: Config) -> Iterator[Trajectory]:
     for momentum, kind in config.momenta:
         rate, delay = config.momentum_rate, config.momentum_delay
         yield Trajectory(MOMENTUM, config.data, config.time, rate, delay, momentum, kind)
-    cross = config.cross_entropy_data, config.cross_entropy_time, config.cross_entropy_rate
+    cross = CROSS_ENTROPY, config.cross_entropy_data, config.cross_entropy_time
     for delay in config.cross_entropy_delays:
-        yield Trajectory(CROSS_ENTROPY, *cross, delay)
-    for name in delay_processes(config.random_longest):
-        rate, delay = config.random_rate, config.random_longest // 2
-        yield Trajectory(RANDOM, config.data, config.time, rate, delay, delays=name)
+        rate = stability.max_learning_rate(delay, sharpness=config.cross_entropy_edge)
+        yield Trajectory(*cross, rate, delay)
+    alike = RANDOM, config.data, config.random_time
+    mean = config.random_longest // 2
+    for name, edge in config.random_edges:
+        process = delay_processes(config.random_longest)[name]
+        rate = stability.lyapunov_max_learning_rate(process, sharpness=edge).value
+        yield Trajectory(*alike, rate, mean, delays=name)
 
 
 class Edges(NamedTuple):

@@ -53,8 +53,8 @@ def _preset(
 ) -> ConfigDict:
     """Learning rates are those of eq. 8 times `factors`, the exact one and the baseline's own.
 
-    `flax_seeds` are of Flax's initialisation; `early_epochs` are those at which every arm is measured beside whole epochs; sharpness is
-    measured on so many training images, for the first seed of S-SGD and of eq. 8.
+    `flax_seeds` are of Flax's initialisation; at `early_epochs` every arm is measured besides whole
+    epochs; sharpness is measured on so many training images, for the first seed of S-SGD and eq. 8.
     """
     train = with_overrides(mnist_cnn.get_config(), **overrides)
     return ConfigDict(
