@@ -155,7 +155,8 @@ def _thresholds(records: pd.DataFrame) -> Iterator[str]:
         cases = records.drop_duplicates(["delay", "sharpness"])
         steps, method = cases.predicted * cases.sharpness, [(0.0, "heavy_ball", True)] * len(cases)
     elif {"edge", "learning_rate", "kind"} <= columns:
-        cases = records.drop_duplicates(["delay", "momentum", "kind", "learning_rate"])
+        cases = records[records.delays == "constant"]
+        cases = cases.drop_duplicates(["delay", "momentum", "kind", "learning_rate"])
         steps = cases.edge * cases.learning_rate
         method = [(m, kind, True) for m, kind in zip(cases.momentum, cases.kind, strict=True)]
     elif {"threshold", "mean_delay", "momentum"} <= columns:

@@ -68,7 +68,7 @@ def _of_tracks(config: Mapping[str, Any]) -> dict[str, str]:
         "model": f"tanh networks {list(first[2])} and {list(second[2])}",
         "time": f"time {config['same_rate_time']:g} and {config['time']:g}",
         "delays": f"delays {_listed(config['rescaled_delays'])}",
-        "seeds": "1 seed",
+        "seeds": f"{len(config['seeds'])} seeds",
     }
 
 

@@ -39,6 +39,11 @@ def scale(column, factor, **where):
     return put(column, lambda rows: factor * rows[column], **where)
 
 
+def scale_both(factor):
+    """Sharpness, and with it its ratio to the edge."""
+    return lambda table: scale("ratio", factor)(scale("sharpness", factor)(table))
+
+
 def below_the_others(column):
     """The lowest learning rate of A-SGD becomes the best one, everywhere."""
 
@@ -155,9 +160,10 @@ FAILING = {
     },
     "13": {"distance of the best rate": below_the_others("validation_error")},
     "eos": {
-        "starts well below|over h": scale("ratio", 1.5),
+        "starts well below|over h|over the Lyapunov|over the mean edge": scale_both(1.5),
+        "over the mean-square": scale_both(0.5),
         "hovers": put("ratio", lambda rows: rows.ratio * (1.0 + np.arange(len(rows)) % 2)),
-        "ratio of their h|one sharpness": put(
+        "ratio of their h*|one sharpness": put(
             "sharpness", lambda rows: rows.sharpness * (1.0 + rows.delay)
         ),
     },
