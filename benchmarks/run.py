@@ -19,6 +19,7 @@ ITEMS: dict[str, str] = {
         "delay": "delay_cost",
         "pytorch": "pytorch",
         "sweeps": "sweeps",
+        "rounds": "rounds",
         "compile": "compile_time",
         "streaming": "streaming",
         "growth": "growth",

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from asgd_jax.training.command import use_threaded_convolutions
-from benchmarks.sweeps import CASES, QUICK_CASES, Block, make_block
+from benchmarks.sweeps import CASES, QUICK_CASES, CompiledRuns, make_block
 from benchmarks.workers import serve, use_cores
 
 
@@ -18,7 +18,7 @@ def answer_with(task: dict[str, Any]) -> Any:
       task: number of the case, quick, devices, and `shares`: it makes one of so many of the runs.
     """
     case = (QUICK_CASES if task["quick"] else CASES)[task["number"]]
-    blocks = dict[int, Block]()
+    blocks = dict[int, CompiledRuns]()
 
     def answer(request: dict[str, Any]) -> dict[str, int]:
         at_once = request["at_once"]

@@ -103,7 +103,7 @@ def run(options: BenchOptions) -> Result:
     return Result(tables, goals, notes)
 
 
-class Block(NamedTuple):
+class CompiledRuns(NamedTuple):
     """A compiled block of runs: `call` makes them all; `temp_bytes` is its temporary memory."""
 
     call: Callable[[], Any]
@@ -114,7 +114,7 @@ class Block(NamedTuple):
 
 def make_block(
     case: Case, runs: int, at_once: int, num_train: int | None = None, num_devices: int = 1
-) -> Block:
+) -> CompiledRuns:
     """Compiles `runs` runs of a case, `at_once` of them in a vmap, as a sweep would."""
     config = _config(case, num_train)
     points = [config.copy_and_resolve_references() for _ in range(runs)]
@@ -127,7 +127,7 @@ def make_block(
     jitted: Any = compile_runs(make_whole_run(group.shared), at_once, num_devices)
     program = jitted.lower(values, samples, None).compile()
     analysis = program.memory_analysis()
-    return Block(
+    return CompiledRuns(
         call=lambda: program(values, samples, None),
         updates=runs * group.shared.facts.plan.steps_per_epoch * case.epochs,
         temp_bytes=0 if analysis is None else int(analysis.temp_size_in_bytes),

@@ -9,6 +9,8 @@ an update. Expected: final validation error, from the captions.
   no_momentum     A-SGD, eq. 8, momentum 0                                             25.49 %
   shifted         A-SGD, eq. 8, shifted momentum .9 (eq. 11)                           25.4 %
   shifted_normal  the same, delays of workers that wait N +- .23 N pushes (fig. 9)     25.3 %
+  no_momentum_pod no_momentum in rounds of 32 updates, a worker a chip on 32 chips     25.49 %
+  shifted_pod     shifted in such rounds                                               25.4 %
 
 In standard the effective learning rate is 1 / (1 - .9) = 10 times that of no_momentum;
 standard_damped tells that effect from the one of momentum itself.
@@ -18,7 +20,7 @@ where eq. 8 gives .103, and falls tenfold at epochs 30, 60 and 80; weight decay 
 The captions don't give the number of workers: 32 make the batch of Goyal et al.
 
 Data: TFDS's `imagenet2012`, prepared as docs/running_on_cloud_tpu.md says.
-Hardware. Memory as `plan_memory` gives it: 38 GiB for `shifted` on one device, 32 of them
+Hardware. Memory as `make_plan` gives it: 38 GiB for `shifted` on one device, 32 of them
 activations, 3.0 for 31 past parameters and 3.1 for the momentum of 32 workers; shifted_normal
 keeps 64 and 65. `--config.shard_history=true` splits the past parameters over the devices. An
 update of ssgd has 8,192 images at once, 1.4 TB of activations over all devices: 64 chips of
@@ -49,6 +51,8 @@ from asgd_jax.training.optimizer import effective_learning_rate
 _RAMP_FROM = 0.1
 _EQ_8: dict[str, Any] = {"delay": 31, "learning_rate_rule": "inverse"}
 _SHIFTED: dict[str, Any] = _EQ_8 | {"momentum_kind": "shifted", "dampening": True}
+# A row every three rounds: one that is due within a round would cut it.
+_POD: dict[str, Any] = {"parallelism": "workers", "log_every_steps": 96}
 
 ARMS: dict[str, dict[str, Any]] = {
     "ssgd": {},
@@ -57,6 +61,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "standard_sqrt": _EQ_8 | {"learning_rate_rule": "sqrt"},
     "no_momentum": _EQ_8 | {"momentum": 0.0},
     "shifted": _SHIFTED,
+    "no_momentum_pod": _EQ_8 | {"momentum": 0.0} | _POD,
+    "shifted_pod": _SHIFTED | _POD,
     "shifted_normal": _SHIFTED | {"delay_distribution": "workers", "worker_schedule": "normal"},
 }
 

@@ -19,7 +19,7 @@ from asgd_jax.command_line import OneLineParser
 from asgd_jax.data import FACTS
 from asgd_jax.training.command import run_command, use_compilation_cache
 from asgd_jax.training.feed import plan_of
-from asgd_jax.training.plan import MemoryPlan, plan_memory
+from asgd_jax.training.plan import MemoryPlan, make_plan
 from experiments.reproduce import FIGURES
 from experiments.tables import markdown_table
 
@@ -62,10 +62,12 @@ def plans() -> Iterator[dict[str, Any]]:
         module = importlib.import_module(f"configs.{name}")
         for arm in module.ARMS:
             config: ConfigDict = module.get_config(arm)
+            if config.parallelism == "workers":  # of as many chips as workers: --plan there
+                continue
             config.num_devices, config.epochs = 1, preset.train.epochs
             shape = repr(sorted(_shape(config).items()))
             if shape not in known:
-                known[shape] = plan_memory(config)
+                known[shape] = make_plan(config).memory
             yield {"config": f"{name}:{arm}", **plan_row(config, known[shape])}
 
 

@@ -1,13 +1,14 @@
 """Reproduces figures: python scripts/reproduce.py --figure=N|all --preset=smoke|cpu|paper."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # The laboratory is no part of the installed library.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Reproduces what the command line asks for; returns the exit code, see `run_command`."""
     from asgd_jax.command_line import OneLineParser
 
@@ -20,7 +21,7 @@ def main() -> int:
         "--redraw", action="store_true", help="draw and check again what is in --out; train nothing"
     )
     parser.add_argument("--out", default="results", help="default: results")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     from asgd_jax.training.command import (
         named_folder,

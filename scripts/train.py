@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
     from asgd_jax.training import train
     from asgd_jax.training.command import exit_code
     from asgd_jax.training.mesh import initialize_processes
-    from asgd_jax.training.plan import format_plan, plan_memory
+    from asgd_jax.training.plan import format_plan, make_plan
 
     with exit_code("train.py") as code:
         config, workdir = parse(arguments)
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
                 config.coordinator_timeout,
             )
         if workdir is None:
-            print(format_plan(config, plan_memory(config)))
+            print(format_plan(config, make_plan(config)))
         else:
             summary = train(config, workdir)
             final = summary["final"]

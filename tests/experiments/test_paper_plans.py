@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from asgd_jax.training.plan import MemoryPlan
+from asgd_jax.training.plan import Exchange, MemoryPlan, Plan
 from experiments import paper_plans
 
 ROOT = Path(__file__).parents[2]
@@ -13,9 +13,9 @@ def test_every_arm_has_a_row_and_equal_shapes_are_compiled_once(monkeypatch):
 
     def plan(config):
         planned.append(config)
-        return MemoryPlan(*(2**20 * size for size in (1, 2, 3, 4, 5, 6)))
+        return Plan(MemoryPlan(*(2**20 * size for size in (1, 2, 3, 4, 5, 6))), Exchange(1, 0))
 
-    monkeypatch.setattr(paper_plans, "plan_memory", plan)
+    monkeypatch.setattr(paper_plans, "make_plan", plan)
     rows = {row["config"]: row for row in paper_plans.plans()}
     assert len(planned) == 20 < len(rows) == 27
     asgd = rows["mnist_cnn:asgd"]

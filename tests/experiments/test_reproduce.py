@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from asgd_jax.training.command import Preempted
@@ -124,23 +125,44 @@ def test_committed_tables_are_what_the_code_gives(figure, tmp_path):
                 assert float(new[name]) == pytest.approx(value, rel=1e-8)
 
 
-def run_script(*arguments, cwd, **environment):
-    script = str(ROOT / "scripts" / "reproduce.py")
-    return subprocess.run(
-        [sys.executable, script, *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
+def load_script():
+    spec = importlib.util.spec_from_file_location("script", ROOT / "scripts" / "reproduce.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
-def test_the_script_reproduces(tmp_path):
-    # As in a terminal of a notebook whose backend is not installed here.
+@pytest.fixture
+def run_script(monkeypatch, capsys, tmp_path):
+    """The script's main in this process, its environment as it was afterwards."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
+    monkeypatch.setattr(sys, "argv", ["reproduce.py"])
+
+    def run(*arguments):
+        try:
+            code = load_script().main(arguments)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_script_reproduces(tmp_path, run_script):
+    # A real process, as in a terminal of a notebook whose backend is not installed here.
     backend = "module://matplotlib_inline.backend_inline"
     arguments = ("--figure=4,6", "--preset=smoke", "--out=r")
-    done = run_script(*arguments, cwd=tmp_path, MPLBACKEND=backend)
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "reproduce.py", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"MPLBACKEND": backend},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("claims hold") == 2
     assert sorted(os.listdir(tmp_path / "r")) == ["README.md", "fig04", "fig06"]
@@ -149,12 +171,12 @@ def test_the_script_reproduces(tmp_path):
     assert "Not in this folder: 1, 2, 3, 5, 7" in page
     table = tmp_path / "r" / "fig06" / "records.csv"
     before = table.read_bytes(), (tmp_path / "r" / "fig06" / "fig06.png").read_bytes()
-    again = run_script("--figure=6", "--redraw", "--out=r", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    code, _, errors = run_script("--figure=6", "--redraw", "--out=r")
+    assert (code, errors) == (0, "")
     assert before == (table.read_bytes(), (tmp_path / "r" / "fig06" / "fig06.png").read_bytes())
-    nothing = run_script("--figure=8", "--redraw", "--out=r", cwd=tmp_path)
-    assert nothing.returncode == 2
-    assert "fig08 has no records to draw" in nothing.stderr
+    code, _, errors = run_script("--figure=8", "--redraw", "--out=r")
+    assert code == 2
+    assert "fig08 has no records to draw" in errors
 
 
 def test_a_page_names_what_does_not_hold_why_and_how_far_it_is():
@@ -183,14 +205,12 @@ def test_a_page_names_what_does_not_hold_why_and_how_far_it_is():
         (["--figure=6", "--colour"], "--colour"),
     ],
 )
-def test_the_script_complains_in_one_line(tmp_path, arguments, message):
+def test_the_script_complains_in_one_line(tmp_path, run_script, arguments, message):
     (tmp_path / "file").write_text("")
-    done = run_script(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("reproduce.py: ")
-    assert message in done.stderr
+    code, output, errors = run_script(*arguments)
+    assert (code, output, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("reproduce.py: ")
+    assert message in errors
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -202,15 +222,10 @@ def test_the_script_complains_in_one_line(tmp_path, arguments, message):
     ],
 )
 def test_the_script_says_in_one_line_that_it_was_stopped(
-    tmp_path, monkeypatch, capsys, raised, code, line
+    tmp_path, monkeypatch, run_script, raised, code, line
 ):
     def stop(*_):
         raise raised
 
     monkeypatch.setattr(driver, "reproduce", stop)
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--figure=6", f"--out={tmp_path}"])
-    spec = importlib.util.spec_from_file_location("script", ROOT / "scripts" / "reproduce.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert script.main() == code
-    assert capsys.readouterr().err == f"reproduce.py: {line}\n"
+    assert run_script("--figure=6", f"--out={tmp_path}") == (code, "", f"reproduce.py: {line}\n")

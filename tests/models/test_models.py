@@ -1,6 +1,7 @@
 """Every model by name: sizes, initialisation, BatchNorm, dtypes, and refusals."""
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -422,7 +423,10 @@ def test_torch_starts_uniform_within_one_over_root_fan_in(name, conv_impl):
         for initializer in ("flax", "torch")
     }
     key = jax.random.key(0)
-    found = {k: m.init(key, images, train=False)["params"] for k, m in models_by.items()}
+    found = {
+        name: jax.jit(partial(model.init, train=False))(key, images)["params"]
+        for name, model in models_by.items()
+    }
     assert jax.tree.map(jnp.shape, found["flax"]) == jax.tree.map(jnp.shape, found["torch"])
     for layer in found["torch"].values():
         limit = 1.0 / math.sqrt(layer["kernel"].size / layer["kernel"].shape[-1])

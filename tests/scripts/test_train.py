@@ -220,13 +220,14 @@ def test_missing_arguments_are_named(capsys):
         assert capsys.readouterr().err == message
 
 
-def test_missing_data_is_one_line_with_both_remedies(tmp_path):
-    done = run_train(
-        "--config=configs/mnist_cnn.py", f"--config.data_dir={tmp_path / 'none'}",
-        f"--workdir={tmp_path / 'run'}", https_proxy="http://127.0.0.1:9",
-    )  # fmt: skip
-    assert done.returncode == 2
-    line = done.stderr.strip().splitlines()[-1]
+def test_missing_data_is_one_line_with_both_remedies(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    arguments = [
+        f"--config={ROOT}/configs/mnist_cnn.py", f"--config.data_dir={tmp_path / 'none'}",
+        f"--workdir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    assert script.main(arguments) == 2
+    line = capfd.readouterr().err.strip().splitlines()[-1]
     assert "mnist is not in" in line
     assert str(tmp_path / "none") in line
     assert "TFDS_DATA_DIR" in line

@@ -40,7 +40,7 @@ def test_a_step_is_dispatched_while_the_one_before_may_still_run(tiny_config):
         log.append(("dispatch", batch))
         return state, totals._replace(diverged_at=Flag(batch, log))
 
-    advance = follow_stream(lambda start: iter(range(start, 99)), step, lambda b: b, 8, DELAY)
+    advance = follow_stream(lambda start: iter(range(start, 99)), step, lambda b: b[0], 8, DELAY)
     advance(state, 1, 0, 5)
     waits = {"dispatch": -1}
     for kind, number in log:
@@ -61,7 +61,7 @@ def streamed(config):
         for samples in np.asarray(data.epoch_batches(0, 0, setup.feed.facts.plan))[start:]:
             yield Batch(dataset.train_images[samples], dataset.train_labels[samples])
 
-    advance = follow_stream(batches, step, jax.device_put, 16, DELAY)
+    advance = follow_stream(batches, step, lambda b: jax.device_put(b[0]), 16, DELAY)
     return setup, batches, step, advance
 
 

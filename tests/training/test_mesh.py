@@ -263,15 +263,23 @@ def test_two_processes_on_one_device_are_told_so(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+TOGETHER = [
+    "--config=configs/digits.py:asgd", "--config.model=mlp", "--config.num_devices=2",
+    "--config.num_workers=4", "--config.delay=3", "--config.worker_batch_size=16",
+    "--config.epochs=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    return run_processes(1, tmp_path_factory.mktemp("one"), *TOGETHER)
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path):
-    arguments = [
-        "--config=configs/digits.py", "--config.model=digits_cnn", "--config.num_devices=2",
-        "--config.epochs=1",
-    ]  # fmt: skip
-    one = run_processes(1, tmp_path / "one", *arguments)
-    two = run_processes(2, tmp_path / "two", *arguments)
-    assert two["steps"] == one["steps"] > 0
+@pytest.mark.parametrize("parallelism", ["jit", "workers"])
+def test_two_processes_train_as_one_does(parallelism, one_process, tmp_path):
+    two = run_processes(2, tmp_path, *TOGETHER, f"--config.parallelism={parallelism}")
+    assert two["steps"] == one_process["steps"] > 0
     for name in ("train_loss", "validation_loss", "parameter_norm", "gap"):
-        assert two["final"][name] == pytest.approx(one["final"][name], rel=1e-4)
-    assert len(read_rows(tmp_path / "two")) == 1
+        assert two["final"][name] == pytest.approx(one_process["final"][name], rel=1e-4)
+    assert len(read_rows(tmp_path)) == 1

@@ -38,11 +38,15 @@ RUN = [
 TIMES = ("steps_per_second", "wall_time_s", "commit")  # the source may move on in between
 
 
-def start(workdir, *arguments, launcher=()):
+def start(workdir, *arguments, launcher=(), devices=1):
     return subprocess.Popen(
         [*launcher, sys.executable, "scripts/train.py", *RUN, f"--workdir={workdir}", *arguments],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -81,7 +85,7 @@ def assert_same_run(workdir, other):
     """Bitwise: parameters, rings, momentum, keys, step; metrics.csv and summary, but for times."""
     left, right = saved_state(workdir), saved_state(other)
     assert left.keys() == right.keys()
-    assert any("history" in name for name in left)
+    assert any("history" in name or "pulled" in name for name in left)
     for name, value in left.items():
         assert value.tobytes() == right[name].tobytes(), name
     assert_same_metrics(workdir, other)
@@ -153,6 +157,18 @@ def test_a_run_stopped_in_every_way_ends_as_one_never_stopped(unstopped, tmp_pat
     assert_same_run(tmp_path, unstopped)
     rows = {int(row["step"]): row["train_loss"] for row in read_rows(tmp_path)}
     assert shown_events(tmp_path) == pytest.approx(rows, rel=1e-6)
+
+
+def test_a_run_in_rounds_is_killed_and_ends_as_one_never_stopped(tmp_path):
+    """Two devices with two workers each; a round of random delays ends where a row is due."""
+    rounds = ["--config.parallelism=workers", "--config.epochs=4", "--config.log_every_steps=4"]
+    assert finish(start(tmp_path / "whole", *rounds, devices=2))[0] == 0
+    process = start(tmp_path / "parts", *rounds, devices=2)
+    code, _, _ = interrupt(process, tmp_path / "parts", signal.SIGKILL, at_row=7)
+    assert code == -signal.SIGKILL
+    code, _, lines = finish(start(tmp_path / "parts", *rounds, devices=2))
+    assert (code, lines) == (0, [])
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path):

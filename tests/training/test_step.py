@@ -97,7 +97,9 @@ def test_the_gradient_is_stale_and_decay_is_live():
             expected,
         )
         live.append(state.params)
-    norm, distance, relative = gap(state)
+    norm, distance, relative = gap(
+        state.params, asgd_jax.stale_params(state.opt_state, state.params)
+    )
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])  # noqa: E731
     np.testing.assert_allclose(norm, np.linalg.norm(flat(live[-1])), rtol=1e-5)
     expected = np.linalg.norm(flat(live[-1]) - flat(live[-3]))

@@ -59,6 +59,20 @@ def test_arms_train_on_real_images(config, arm, tmp_path):
     assert wrong == pytest.approx(round(wrong), abs=1e-3)
 
 
+def test_rounds_of_a_stream_leave_the_table_of_the_serial_run(config, tmp_path):
+    config.update(model="mlp", width=0.5, num_workers=4, momentum=0.9, dampening=True)
+    config.log_every_steps = 8
+    tables = []
+    for name, parallelism, num_devices in (("serial", "jit", 1), ("rounds", "workers", 2)):
+        config.update(parallelism=parallelism, num_devices=num_devices)
+        train(config, tmp_path / name, progress=False)
+        tables.append(read_rows(tmp_path / name))
+    for one, other in zip(*tables, strict=True):
+        for column, value in one.items():
+            if column != "steps_per_second":
+                assert other[column] == pytest.approx(value, rel=1e-4, nan_ok=True), column
+
+
 def test_a_diverged_stream_ends_at_once(config, tmp_path):
     config.update(learning_rate=1e6, log_every_steps=None)
     summary = train(config, tmp_path, progress=False)

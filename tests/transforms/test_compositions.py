@@ -103,7 +103,7 @@ def follow(tx, post=MAPS["none"], num_steps=11, params=PARAMS):
     return ages, params
 
 
-@hypothesis.settings(max_examples=25)  # each takes a second: every operation is its own call
+@hypothesis.settings(max_examples=15)  # each takes a second: every operation is its own call
 @hypothesis.given(
     wrapper=st.sampled_from(list(WRAPPERS)),
     optimizer=st.sampled_from(list(OPTIMIZERS)),

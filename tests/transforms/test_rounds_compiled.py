@@ -11,6 +11,7 @@ from round_problem import CASES, mesh_of
 
 import asgd_jax
 from asgd_jax import delays
+from asgd_jax.training.collectives import collectives_of
 
 WIDTH = 128
 WIDE = {
@@ -42,19 +43,6 @@ def compile_round(num_workers, mesh, batch_axes=("workers",)):
 COLLECTIVES = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
 
 
-def collectives(text):
-    """(kind, bytes that a device receives or its own share of them, where it was asked for)."""
-    found = []
-    for line in text.splitlines():
-        match = re.search(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", line)
-        if match:
-            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
-            sizes = [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes]
-            name = re.search(r'op_name="([^"]*)"', line)
-            found.append((match[2], 4 * sum(sizes), name[1] if name else ""))
-    return found
-
-
 def copies_of(text, shape):
     return [line for line in text.splitlines() if re.search(rf"= f32\[{shape}\]\S* copy\(", line)]
 
@@ -63,15 +51,15 @@ def copies_of(text, shape):
 def test_a_round_sends_what_one_all_reduce_does_and_copies_no_pulled_sets(schedule):
     workers = 8 if schedule == "round robin" else delays.rounds_of(delays.simulate_workers(8, 64))
     compiled = compile_round(workers, mesh_of(8))
-    found = collectives(compiled.as_text())
-    kinds = [kind for kind, _, _ in found]
+    found = collectives_of(compiled.as_text())
+    kinds = [each.kind for each in found]
     # Two for each leaf in pieces; the gradients of the whole one; the norm that clips.
     assert {kind: kinds.count(kind) for kind in kinds} == {
         "all-to-all": 4, "all-gather": 1, "all-reduce": 1,
     }  # fmt: skip
-    assert not [where for _, _, where in found if "shard_map" in where]
+    assert not [each for each in found if "shard_map" in each.op_name]
     # A synchronous all-reduce of the gradients sends and receives twice its bytes.
-    assert sum(size for _, size, _ in found) <= 1.01 * 2 * WIDE_BYTES
+    assert sum(each.received for each in found) <= 1.01 * 2 * WIDE_BYTES
     sets = rf"1,{WIDTH},{WIDTH}" if schedule == "round robin" else rf"8,{WIDTH // 8},{WIDTH}"
     pulled_copies = [
         line for line in copies_of(compiled.as_text(), sets) if "wrapped_broadcast" not in line
@@ -85,7 +73,7 @@ def test_a_round_sends_what_one_all_reduce_does_and_copies_no_pulled_sets(schedu
 
 def test_on_one_device_new_versions_are_written_over_the_old():
     compiled = compile_round(8, None)
-    assert collectives(compiled.as_text()) == []
+    assert collectives_of(compiled.as_text()) == []
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= 0.999 * (8 + 2) * WIDE_BYTES
     assert memory.temp_size_in_bytes <= 1.2 * 8 * WIDE_BYTES  # the gradients

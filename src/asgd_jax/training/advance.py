@@ -1,6 +1,8 @@
 """Through an epoch, whatever its data lies on and whatever devices it runs on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +15,20 @@ from asgd_jax.training import mesh as devices
 from asgd_jax.training.chunk import NOT_DIVERGED, ChunkTotals, add_step, make_run_chunk, zero_totals
 from asgd_jax.training.feed import HostBatch
 from asgd_jax.training.placement import Placed, Placement
+from asgd_jax.training.rounds_step import (
+    RoundBatch,
+    add_round,
+    make_cut,
+    make_run_rounds,
+    updates_of_round,
+)
 from asgd_jax.training.setup import Setup
 from asgd_jax.training.state import PyTree, TrainState
-from asgd_jax.training.step import Batch, TrainStep
+from asgd_jax.training.step import Batch
 from asgd_jax.transforms.history import Ring
 
 Advance = Callable[[Placed, int, int, int], tuple[Placed, ChunkTotals]]
-StreamStep = Callable[[Placed, Batch, ChunkTotals], tuple[Placed, ChunkTotals]]
+StreamStep = Callable[[Placed, Any, ChunkTotals], tuple[Placed, ChunkTotals]]
 
 
 def make_advance(config: ConfigDict, setup: Setup) -> Advance:
@@ -29,36 +38,79 @@ def make_advance(config: ConfigDict, setup: Setup) -> Advance:
     """
     feed, placement, run = setup.feed, setup.placement, setup.run
     plan, max_delay = feed.facts.plan, run.process.max_delay
+    in_rounds = config.parallelism == "workers"
+    if in_rounds:
+        num_updates = updates_of_round(run.process, plan, setup.mesh.size)
+        cut = make_cut(run.process, config.seed, num_updates)
     if feed.samples is None:
         assert feed.stream is not None, "a feed has samples or a stream"
-        shape = plan.workers_per_update, plan.worker_batch_size
+        put = _put_round if in_rounds else _put_update
         return follow_stream(
             feed.stream.train,
-            stream_step(run.advance, config.divergence_loss, placement),
-            lambda batch: placement.put_batch(batch, shape),
+            stream_step(
+                run.advance, config.divergence_loss, placement, add_round if in_rounds else add_step
+            ),
+            partial(put, placement, plan, num_updates if in_rounds else 1),
             plan.steps_per_epoch,
             max_delay,
+            lengths=cut if in_rounds else lambda first, count: repeat(1, count),
         )
     order_of = jax.jit(
         lambda epoch: data.epoch_batches(config.seed, epoch, plan),
         out_shardings=devices.replicated(setup.mesh),
     )
+    samples = placement.put((feed.samples.train_images, feed.samples.train_labels))
+    if in_rounds:
+        run_rounds = make_run_rounds(
+            run.advance, num_updates, max_delay, config.divergence_loss, placement.share
+        )
+        compiled = placement.compile(run_rounds, 2, 3)
+        longest = min(config.log_every_steps or plan.steps_per_epoch, plan.steps_per_epoch)
+
+        def advance(placed: Placed, epoch: int, start: int, stop: int) -> Any:
+            lengths = cut(epoch * plan.steps_per_epoch + start, stop - start)
+            edges = np.full(longest + 1, stop, np.int32)
+            edges[: lengths.size + 1] = start + np.cumsum([0, *lengths])
+            return compiled(placed, *samples, order_of(epoch), edges, np.int32(lengths.size))
+
+        return advance
     chunk = make_run_chunk(run.advance, max_delay, config.divergence_loss, place=placement.share)
     compiled = placement.compile(chunk, 2, 3)
-    samples = placement.put((feed.samples.train_images, feed.samples.train_labels))
     return lambda placed, epoch, start, stop: compiled(
         placed, *samples, order_of(epoch), start, stop
     )
 
 
-def stream_step(train_step: TrainStep, divergence_loss: float, placement: Placement) -> StreamStep:
+def _put_update(
+    placement: Placement, plan: data.BatchPlan, num_updates: int, batches: list[HostBatch]
+) -> Batch:
+    return placement.put_batch(batches[0], (plan.workers_per_update, plan.worker_batch_size))
+
+
+def _put_round(
+    placement: Placement, plan: data.BatchPlan, num_updates: int, batches: list[HostBatch]
+) -> RoundBatch:
+    """The batches of a round, the last one repeated where it is short."""
+    padded = [*batches, *[batches[-1]] * (num_updates - len(batches))]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*padded, strict=True))
+    shape = num_updates * plan.workers_per_update, plan.worker_batch_size
+    placed = placement.put_batch((images, labels), shape)
+    return RoundBatch(*placed, jnp.int32(len(batches)))
+
+
+def stream_step(
+    train_step: Callable[[TrainState, Any], tuple[TrainState, Any]],
+    divergence_loss: float,
+    placement: Placement,
+    add: Callable[[ChunkTotals, Any, jax.Array, float], ChunkTotals] = add_step,
+) -> StreamStep:
     """Returns one compiled update that changes nothing once the run has diverged."""
 
     def step(
         state: TrainState, batch: Batch, totals: ChunkTotals
     ) -> tuple[TrainState, ChunkTotals]:
         new_state, metrics = train_step(state, batch)
-        new_totals = add_step(totals, metrics, state.step, divergence_loss)
+        new_totals = add(totals, metrics, state.step, divergence_loss)
         diverged = totals.diverged_at != NOT_DIVERGED
         kept: tuple[TrainState, ChunkTotals] = _keep_if(
             diverged, (state, totals), (new_state, new_totals)
@@ -91,9 +143,11 @@ class _Open(NamedTuple):
 def follow_stream(
     open_stream: Callable[[int], Iterator[Any]],
     step: StreamStep,
-    put: Callable[[Any], Batch],
+    put: Callable[[list[Any]], Any],
     steps_per_epoch: int,
     max_delay: int,
+    *,
+    lengths: Callable[[int, int], Iterable[int]] = lambda first, count: repeat(1, count),
 ) -> Advance:
     """Returns `advance` over a stream: the host runs ahead of the devices by two updates."""
     stream = _Open(iter(()), -1)
@@ -105,14 +159,16 @@ def follow_stream(
             stream = _Open(open_stream(first), first)
         totals = zero_totals(max_delay)
         earlier = totals
-        for number in range(first, first + stop - start):
-            batch = put(next(stream.batches))  # on its way while the device still computes
+        for length in lengths(first, stop - start):
+            batch = put(
+                [next(stream.batches) for _ in range(length)]
+            )  # on its way while the device still computes
             # Two steps behind: the last one may still run while this one is handed over, so the
             # device never waits for the host. A step after the divergence changes nothing.
             if int(_local(earlier.diverged_at)) != NOT_DIVERGED:
                 break
             earlier, (placed, totals) = totals, step(placed, batch, totals)
-            stream = stream._replace(next_step=number + 1)
+            stream = stream._replace(next_step=stream.next_step + length)
         return placed, totals
 
     return advance

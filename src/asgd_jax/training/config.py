@@ -23,7 +23,7 @@ _CHOICES = {
     "weight_decay_on": ("all", "kernels"),
     "worker_schedule": ("random", "normal"),
     "batch_stats": BATCH_STATS_MODES,
-    "parallelism": ("jit", "pmap"),
+    "parallelism": ("jit", "pmap", "workers"),
 }
 _POSITIVE = (
     "learning_rate", "epochs", "eval_every_epochs", "eval_batch_size", "divergence_loss", "width",
@@ -104,7 +104,7 @@ def default_config() -> ConfigDict:
 
 
 def _add_devices(config: ConfigDict) -> None:
-    config.parallelism = "jit"  # jit over a mesh, or pmap
+    config.parallelism = "jit"  # jit over a mesh, pmap, or workers: a worker a device
     config.num_devices = placeholder(int)  # None: all
     config.shard_history = False  # each device holds its part of every slot (jit only)
     config.multihost = False  # join the processes of several hosts
@@ -181,8 +181,7 @@ def validate_config(config: ConfigDict) -> None:
     for field, known in _CHOICES.items():
         if config[field] not in known:
             raise ValueError(f"unknown {field}={config[field]!r}: use one of {', '.join(known)}")
-    if config.parallelism == "pmap" and config.shard_history:
-        raise ValueError("shard_history=True needs parallelism='jit': pmap keeps whole replicas")
+    _refuse_parallelism(config)
     plan_batches(
         1 << 60,
         num_workers=config.num_workers,
@@ -232,6 +231,19 @@ def _refuse_unused(config: ConfigDict, defaults: ConfigDict) -> None:
                 f"{field}={config[field]!r} has no meaning for dataset={config.dataset!r}, which "
                 f"is {kind}: leave it at {defaults[field]!r}"
             )
+
+
+def _refuse_parallelism(config: ConfigDict) -> None:
+    """Refuses what the way of using the devices cannot do."""
+    if config.parallelism == "pmap" and config.shard_history:
+        raise ValueError("shard_history=True needs parallelism='jit': pmap keeps whole replicas")
+    if config.parallelism == "workers":
+        for field in ("shard_history", "history_dtype"):
+            if config[field]:
+                raise ValueError(
+                    f"{field}={config[field]!r} has no meaning for parallelism='workers', where "
+                    "each device has its part of every version: leave it out"
+                )
 
 
 def _number(

@@ -159,7 +159,8 @@ def _make_row(config: ConfigDict, setup: Setup) -> Callable[..., metrics.Row]:
     steps_per_epoch = setup.feed.facts.plan.steps_per_epoch
     get = setup.placement.get
     validate = make_validation(config, setup)
-    measure_gap = jax.jit(lambda placed: gap(get(placed)))
+    stale = setup.run.stale
+    measure_gap = jax.jit(lambda placed: gap(get(placed).params, stale(get(placed))))
     learning_rate = _learning_rate_of(config, steps_per_epoch)
 
     def row_of(

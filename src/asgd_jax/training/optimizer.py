@@ -143,7 +143,23 @@ def make_optimizer(
     steps_per_epoch: int,
     values: Values | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the server: `delayed` around clipping, weight decay, momentum and learning rate.
+    """Returns `delayed` around the server of `make_server`, with the same arguments."""
+    values = values_of(config) if values is None else values
+    return delayed(
+        make_server(config, process, steps_per_epoch, values),
+        process,
+        history_dtype=config.history_dtype,
+        seed=values.seed,
+    )
+
+
+def make_server(
+    config: ConfigDict,
+    process: delays.DelayProcess,
+    steps_per_epoch: int,
+    values: Values | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the server: clipping, weight decay, momentum and learning rate.
 
     Gradients are stale; clipping, weight decay (`add_decayed_weights`) and the schedule act on the
     server, with live parameters and the server's update count. The learning rate is a value of the
@@ -175,12 +191,7 @@ def make_optimizer(
             optax.scale_by_learning_rate(learning_rate),
         )
 
-    return delayed(
-        optax.inject_hyperparams(server)(learning_rate=values.learning_rate),
-        process,
-        history_dtype=config.history_dtype,
-        seed=values.seed,
-    )
+    return optax.inject_hyperparams(server)(learning_rate=values.learning_rate)
 
 
 def _direction(

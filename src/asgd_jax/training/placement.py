@@ -64,6 +64,25 @@ def jitted(mesh: Mesh, state_sharding: PyTree) -> Placement:
     )
 
 
+def by_worker(mesh: Mesh, state_sharding: PyTree) -> Placement:
+    """One program over all devices, each with the batches of its own workers."""
+    split = devices.leading_sharding(mesh)
+    placement = jitted(mesh, state_sharding)
+
+    def put_batch(batch: tuple[np.ndarray, np.ndarray], shape: tuple[int, int]) -> Batch:
+        if jax.process_count() > 1:  # each has a share of every worker's samples: exchanged later
+            return placement.put_batch(batch, shape)
+        arrays = (array.reshape(*shape, *array.shape[1:]) for array in batch)
+        return Batch(*(jax.device_put(array, split) for array in arrays))
+
+    return placement._replace(
+        put_batch=put_batch,
+        share=lambda batch: jax.tree.map(
+            lambda leaf: jax.lax.with_sharding_constraint(leaf, split), batch
+        ),
+    )
+
+
 def pmapped(mesh: Mesh) -> Placement:
     """A program a device, each on its own share of every worker's samples."""
     leading, whole = devices.leading_sharding(mesh), devices.replicated(mesh)

@@ -17,9 +17,11 @@ from asgd_jax.delays import DelayProcess
 from asgd_jax.training import optimizer
 from asgd_jax.training.batch_stats import make_chains
 from asgd_jax.training.evaluate import Sums, make_measure
-from asgd_jax.training.mesh import AXIS
+from asgd_jax.training.mesh import AXIS, make_mesh
+from asgd_jax.training.rounds_step import make_round_step
 from asgd_jax.training.state import PyTree, TrainState, make_init
-from asgd_jax.training.step import Batch, Preprocess, StepMetrics, make_train_step
+from asgd_jax.training.step import Preprocess, make_train_step
+from asgd_jax.transforms import stale_params
 
 
 class DataSpec(NamedTuple):
@@ -48,7 +50,9 @@ class Run(NamedTuple):
       model: a Linen module.
       init: `init(key, params=None) -> TrainState` before the first update; given parameters take
         the place of the key's and fill the history.
-      advance: `advance(state, batch) -> (state, metrics)`: one update.
+      advance: `advance(state, batch) -> (state, metrics)`: one update, of a `Batch` to
+        `StepMetrics`; under `parallelism="workers"` a round, of a `RoundBatch` to `RoundMetrics`.
+      stale: `stale(state)`: the parameters that the next gradient is taken at.
       statistics: `statistics(state)`: BatchNorm's running statistics for evaluation.
       measure: `measure(params, statistics, batches) -> Sums`: sums of loss and errors.
     """
@@ -56,7 +60,8 @@ class Run(NamedTuple):
     process: DelayProcess
     model: nn.Module
     init: Callable[..., TrainState]
-    advance: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    advance: Callable[[TrainState, Any], tuple[TrainState, Any]]
+    stale: Callable[[TrainState], PyTree]
     statistics: Callable[[TrainState], PyTree]
     measure: Callable[[PyTree, PyTree, tuple[jax.Array, jax.Array]], Sums]
 
@@ -82,32 +87,54 @@ def build_run(
         num_updates = facts.plan.steps_per_epoch * config.epochs
         process = optimizer.make_delay_process(config, num_updates)
     model = make_model(config, facts.num_classes)
-    tx = optimizer.make_optimizer(config, process, facts.plan.steps_per_epoch, values)
     chains = make_chains(config.batch_stats, process.max_delay)
-    advance = make_train_step(
-        model,
-        tx,
-        facts.preprocess,
-        config.label_smoothing,
-        chains=chains,
-        axis_name=AXIS if config.parallelism == "pmap" else None,
-        mesh=mesh if config.parallelism == "jit" else None,
-    )
+    arguments = config, process, facts.plan.steps_per_epoch, values
+    init_optimizer: Callable[[PyTree], Any]
+    advance: Callable[..., Any]
+    stale: Callable[[TrainState], PyTree]
+    if config.parallelism == "workers":
+        init_optimizer, advance, stale = make_round_step(
+            model,
+            optimizer.make_server(*arguments),
+            process,
+            facts.plan,
+            facts.preprocess,
+            config.label_smoothing,
+            chains=chains,
+            mesh=make_mesh(config.num_devices) if mesh is None else mesh,
+        )
+    else:
+        tx = optimizer.make_optimizer(*arguments)
+        init_optimizer, stale = tx.init, _stale_of
+        advance = make_train_step(
+            model,
+            tx,
+            facts.preprocess,
+            config.label_smoothing,
+            chains=chains,
+            axis_name=AXIS if config.parallelism == "pmap" else None,
+            mesh=mesh if config.parallelism == "jit" else None,
+        )
 
     def init(key: jax.Array, params: PyTree | None = None) -> TrainState:
-        state = make_init(model, tx, facts.image_shape, chains.init)(key)
+        state = make_init(model, init_optimizer, facts.image_shape, chains.init)(key)
         if params is None:
             return state
-        return state._replace(params=params, opt_state=tx.init(params))
+        return state._replace(params=params, opt_state=init_optimizer(params))
 
     return Run(
         process=process,
         model=model,
         init=init,
         advance=advance,
+        stale=stale,
         statistics=lambda state: chains.live(state.batch_stats, state.step),
         measure=make_measure(model, facts.normalize),
     )
+
+
+def _stale_of(state: TrainState) -> PyTree:
+    return stale_params(state.opt_state, state.params)
 
 
 def make_model(config: ConfigDict, num_classes: int) -> nn.Module:

@@ -46,12 +46,12 @@ def init_state(
       seed: of the parameters and of all that is random in the run.
       keep_stats: what is kept of the initial batch statistics, see `BatchStatsChains.init`.
     """
-    return jax.jit(make_init(model, tx, image_shape, keep_stats))(jax.random.PRNGKey(seed))
+    return jax.jit(make_init(model, tx.init, image_shape, keep_stats))(jax.random.PRNGKey(seed))
 
 
 def make_init(
     model: nn.Module,
-    tx: optax.GradientTransformation,
+    init_optimizer: Callable[[PyTree], optax.OptState],
     image_shape: tuple[int, ...],
     keep_stats: Callable[[PyTree], PyTree],
 ) -> Callable[[jax.Array], TrainState]:
@@ -65,7 +65,7 @@ def make_init(
             step=jnp.zeros((), jnp.int32),
             params=params,
             batch_stats=keep_stats(variables.get("batch_stats", {})),
-            opt_state=tx.init(params),
+            opt_state=init_optimizer(params),
             key=key,
         )
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from asgd_jax.models.layers import batch_split_over
 from asgd_jax.training.batch_stats import BatchStatsChains, make_chains
 from asgd_jax.training.state import PyTree, TrainState
-from asgd_jax.transforms import stale_params, update_params
+from asgd_jax.transforms import update_params
 
 
 class Batch(NamedTuple):
@@ -191,9 +191,8 @@ def _with_norm(found: tuple[PyTree, tuple[Any, ...]]) -> tuple[PyTree, tuple[Any
     return gradients, (*rest, optax.tree.norm(gradients))
 
 
-def gap(state: TrainState) -> tuple[jax.Array, jax.Array, jax.Array]:
+def gap(params: PyTree, stale: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
     r"""Returns $|x_t|$, $|x_t - x_{stale}|$ and the latter over the former, Euclidean norms."""
-    stale = stale_params(state.opt_state, state.params)
-    norm = optax.tree.norm(state.params)
-    distance = optax.tree.norm(jax.tree.map(jnp.subtract, state.params, stale))
+    norm = optax.tree.norm(params)
+    distance = optax.tree.norm(jax.tree.map(jnp.subtract, params, stale))
     return norm, distance, distance / norm

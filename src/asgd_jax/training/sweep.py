@@ -208,9 +208,12 @@ def point_config(config: ConfigDict, point: Point) -> ConfigDict:
                 f"epochs={changed.epochs} is no multiple of "
                 f"eval_every_epochs={changed.eval_every_epochs}, which a sweep needs: change either"
             )
-        for field, value in (("batch_stats", "recalibrate"), ("parallelism", "pmap")):
-            if changed[field] == value:
-                raise ValueError(f"{field}={value!r} is not done in a sweep: use the default")
+        refused = {"batch_stats": ("recalibrate",), "parallelism": ("pmap", "workers")}
+        for field, values in refused.items():
+            if changed[field] in values:
+                raise ValueError(
+                    f"{field}={changed[field]!r} is not done in a sweep: use the default"
+                )
     return changed
 
 
