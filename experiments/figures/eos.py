@@ -33,6 +33,13 @@ CAPTION = (
 PRESETS = eos_runs.PRESETS
 run = eos_runs.run
 
+WHY = (
+    "with cross-entropy sharpness is above the edge for as long as it rises faster than unstable "
+    "steps can lower it, and below once the loss is gone; between the two it swings, by seed, from "
+    ".9 to 1.3 of the edge. When a delay is either none or 16, four of five runs end within 10 % "
+    "of the edge of a typical run and one, still rising, 14 % below."
+)
+
 _TOLERANCE = 0.10  # of the ratio of sharpness to the edge
 _START = 0.75  # of the edge: where the rise must begin to be called one
 _MISSES = 0.90  # of an edge of random delays that is not the one: the ratio is below, or 1 / above
@@ -108,7 +115,7 @@ def plot(records: pd.DataFrame) -> Any:
     """Returns the figure: sharpness against time and each run's edge, dashed; a panel an idea."""
     names = (SAME_RATE, RESCALED, MOMENTUM, CROSS_ENTROPY, RANDOM)
     panels = [_runs(records, name) for name in names]
-    figure, axes = style.new_figure(len(panels), width=4.4, height=4.6)
+    figure, axes = style.new_figure(len(panels), width=3.9, height=5.0)
     figure.suptitle(
         "Edge of stability under delay: sharpness rises to h*(τ)/η (dashed) and hovers there "
         "(a line a seed)",
@@ -223,7 +230,9 @@ def _hover_claim(rows: pd.DataFrame) -> Claim:
         1.0 - _TOLERANCE,
         1.0 + _TOLERANCE,
     )
-    return found if found.holds else found._replace(claim=f"{found.claim} ({_reason(rows)})")
+    if found.holds or _first(rows).panel == CROSS_ENTROPY:
+        return found
+    return found._replace(claim=f"{found.claim} ({_reason(rows)})")
 
 
 def _random_claims(rows: pd.DataFrame) -> list[Claim]:
