@@ -24,7 +24,8 @@ Hardware. Memory as `make_plan` gives it: 38 GiB for `shifted` on one device, 32
 activations, 3.0 for 31 past parameters and 3.1 for the momentum of 32 workers; shifted_normal
 keeps 64 and 65. `--config.shard_history=true` splits the past parameters over the devices. An
 update of ssgd has 8,192 images at once, 1.4 TB of activations over all devices: 64 chips of
-32 GB. `--config.dtype=bfloat16` about halves activations.
+32 GB. `--config.dtype=bfloat16` about halves activations. The pod arms hold 32 GiB a chip, nearly
+all of it activations of 256 images in float32: add that option on chips of 32 GB.
 Wall time, ESTIMATES from 25 GFLOP an image and update, not measured: 15 hours an arm of A-SGD on
 one H100 at 2,000 images/s, or on a TPU v5e-8, if some 24 host cores decode as many JPEGs.
 

@@ -24,8 +24,6 @@ from asgd_jax.training.sweep_program import Samples, put_samples
 
 _TOLERANCE = 1e-2  # relative, of the sharpness: a picture does not show less
 
-Batch = tuple[Any, Any]  # images, labels
-
 
 class _Programs(NamedTuple):
     """What runs of one delay share, compiled once: rates and seeds are data."""
@@ -163,8 +161,8 @@ def _make_sharpness(
 
 def batch_mean(
     config: ConfigDict, dataset: Dataset, measure: Callable[[jax.Array, jax.Array], jax.Array]
-) -> Callable[[PyTree, Batch], jax.Array]:
-    """Returns `mean(params, batch)`: of `measure(logits, labels)` in evaluation mode.
+) -> Callable[[PyTree, tuple[Any, Any]], jax.Array]:
+    """Returns `mean(params, (images, labels))`: of `measure(logits, labels)` in evaluation mode.
 
     Args:
       config: of the model, which must have no BatchNorm.
@@ -173,7 +171,7 @@ def batch_mean(
     """
     model, normalize = make_model(config, dataset.num_classes), data.normalizer(dataset)
 
-    def mean(params: PyTree, batch: Batch) -> jax.Array:
+    def mean(params: PyTree, batch: tuple[Any, Any]) -> jax.Array:
         logits = model.apply({"params": params}, normalize(batch[0]), train=False)
         return measure(logits, batch[1]).mean()
 

@@ -19,6 +19,10 @@ def setting(config: Mapping[str, Any]) -> dict[str, str]:
     """
     train = config.get("train", config.get("start"))
     if train is None:
+        if "measured_delays" in config:
+            return _of_minimum(config)
+        if "layers_per_stage" in config:
+            return _of_stages(config)
         return _of_tracks(config) if "same_rate_data" in config else {"sort": _NUMERIC}
     facts = FACTS[train["dataset"]]
     images = train["num_train"] or facts.num_train
@@ -68,6 +72,27 @@ def _of_tracks(config: Mapping[str, Any]) -> dict[str, str]:
         "model": f"tanh networks {list(first[2])} and {list(second[2])}",
         "time": f"time {config['same_rate_time']:g} and {config['time']:g}",
         "delays": f"delays {_listed(config['rescaled_delays'])}",
+        "seeds": f"{len(config['seeds'])} seeds",
+    }
+
+
+def _of_minimum(config: Mapping[str, Any]) -> dict[str, str]:
+    """Of thresholds that are computed, and measured at a minimum of an MLP on digits."""
+    return {
+        "delays": f"delays {_listed(config['delays'])}",
+        "measured": f"{len(config['measured'])} methods measured at delays "
+        f"{_listed(config['measured_delays'])}",
+        "data": f"digits, {config['num_train']:,} images, full batch",
+    }
+
+
+def _of_stages(config: Mapping[str, Any]) -> dict[str, str]:
+    """Of edges under delays by layer."""
+    return {
+        "model": f"tanh networks of {_listed(config['num_layers'])} layers, width "
+        f"{config['hidden']}",
+        "stages": f"{_listed(config['layers_per_stage'])} layers a stage",
+        "data": f"digits, {config['num_train']:,} images, full batch",
         "seeds": f"{len(config['seeds'])} seeds",
     }
 

@@ -1,4 +1,6 @@
-"""What the paper's own runs take: memory a device and updates of every arm of every config.
+"""What the paper's own runs take: memory of one device and updates of the arms of every config.
+
+Not of those in rounds, which need as many devices as they have workers to be planned.
 
 `python -m experiments.paper_plans --out=results/paper_plans.md` prints what `scripts/train.py
 --plan` does for each of them, without data and without running any. Steps of large models are
@@ -55,7 +57,7 @@ on all devices that it finds, over which batch and activations are divided, and 
 
 
 def plans() -> Iterator[dict[str, Any]]:
-    """Yields a row for every arm of the configs."""
+    """Yields a row for every arm of the configs that one device can run."""
     known: dict[str, MemoryPlan] = {}
     for name, figure in CONFIGS.items():
         preset = importlib.import_module(FIGURES[figure]).PRESETS["paper"]

@@ -33,7 +33,7 @@ from experiments.claims import Claim, count_held, verdict
 
 _MODULES = "experiments.figures"
 NUMERIC = ("4", "6", "7", "8", "10")
-TRAINED = ("1", "2", "3", "5", "9", "11", "12", "13", "eos")
+TRAINED = ("1", "2", "3", "5", "9", "11", "12", "13", "eos", "mitigations", "stages")
 PRESETS = ("smoke", "cpu", "paper")
 _WORK = ".work"
 

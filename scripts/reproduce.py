@@ -14,7 +14,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = OneLineParser(description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "--figure", required=True, metavar="N|eos|all", help="of the paper; several with commas"
+        "--figure",
+        required=True,
+        metavar="N|eos|mitigations|stages|all",
+        help="of the paper, or beyond it; several with commas",
     )
     parser.add_argument("--preset", default="cpu", help="smoke, cpu (default) or paper")
     parser.add_argument(

@@ -84,9 +84,42 @@ def measure_max_learning_rate(
     delay = as_integer(delay, "delay")
     method: dict[str, Any] = {"momentum": momentum, "kind": kind, "dampening": dampening}
     predicted = stability.max_learning_rate(delay, sharpness=minimum.sharpness, **method)
-    steps = math.ceil(e_fold(delay, resolution, **method))
-    optimizer = partial(delayed_sgd, delay=delay, **method)
-    run = _make_leaves(loss_fn, optimizer, steps, perturbation, growth_limit)
+    lower, upper = measure_edge(
+        minimum,
+        partial(delayed_sgd, delay=delay, **method),
+        loss_fn,
+        batches,
+        steps=math.ceil(e_fold(delay, resolution, **method)),
+        resolution=resolution,
+        perturbation=perturbation,
+        growth_limit=growth_limit,
+    )
+    return MaxLearningRate(math.sqrt(lower * upper), lower, upper, predicted)
+
+
+def measure_edge(
+    minimum: Minimum,
+    make_optimizer: Callable[[jax.Array], optax.GradientTransformation],
+    loss_fn: LossFn,
+    batches: Sequence[Any],
+    *,
+    steps: int,
+    resolution: float = 0.02,
+    perturbation: float = 1e-5,
+    growth_limit: float = 30.0,
+) -> tuple[float, float]:
+    """Measures between which two learning rates an optimizer begins to leave a minimum.
+
+    Args:
+      make_optimizer: of the learning rate, a traced scalar; `delayed` is its outermost transform.
+      steps: in which the distance grows e-fold `resolution` above the edge.
+      minimum, loss_fn, batches, resolution, perturbation, growth_limit: as of
+        `measure_max_learning_rate`, which says when a run has left.
+
+    Returns:
+      The largest rate that stayed, and the smallest that left.
+    """
+    run = _make_leaves(loss_fn, make_optimizer, steps, perturbation, growth_limit)
     stacked, limit = stack(batches), jnp.float32(most_loss(minimum.loss))
 
     def leaves(learning_rate: float) -> bool:
@@ -95,7 +128,7 @@ def measure_max_learning_rate(
 
     # From a step of 1, not from the prediction: it is to be tested.
     lower, upper, _ = bisect(leaves, 1.0 / minimum.sharpness, resolution)
-    return MaxLearningRate(math.sqrt(lower * upper), lower, upper, predicted)
+    return lower, upper
 
 
 def bisect(

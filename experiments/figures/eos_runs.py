@@ -112,7 +112,6 @@ PRESETS = {
         cross_entropy_time=50.0,
         random_time=200.0,
         num_samples=8,
-        seeds=(0, 1),
     ),
     "cpu": Config(
         TrainingSet("mnist", 512, (32, 32)),

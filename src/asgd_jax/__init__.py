@@ -4,7 +4,7 @@
 >>> tx = asgd_jax.delayed(optax.sgd(0.01), delay=32)
 """
 
-from asgd_jax import curvature, delays, stability
+from asgd_jax import compensate, curvature, delays, predict, stability
 from asgd_jax.delays import Blocks, DelayProcess
 from asgd_jax.transforms import (
     DelayedState,
@@ -29,10 +29,12 @@ __all__ = [
     "RoundState",
     "Rounds",
     "ShiftedTraceState",
+    "compensate",
     "curvature",
     "delay_gradients",
     "delayed",
     "delays",
+    "predict",
     "resize_history",
     "rounds",
     "shifted_sgd",

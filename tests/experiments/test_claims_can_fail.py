@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from asgd_jax.training.folder.table import read_records
-from experiments.figures import spikes
+from experiments.figures import mitigations, spikes
 from experiments.figures.fig05 import NONE, NORMAL, SHIFTED, SQRT, STANDARD
 from experiments.reduced import REDUCED_RUNS, make_claim
 from experiments.reproduce import FIGURES, folder_name
@@ -169,6 +169,20 @@ FAILING = {
         "above h": highest_rate_stays,
         "below h": a_low_rate_leaves,
         "exponent": put("learning_rate", lambda rows: rows.learning_rate * rows.delay**0.5),
+    },
+    "stages": {
+        "measured over predicted": scale("measured", 1.2),
+        "edge of the largest delay": scale("measured", 0.1),
+        "edge of the smallest delay": scale("measured", 100.0),
+        "guess of the mean": put("by_mean", lambda rows: rows.measured),
+    },
+    "mitigations": {
+        "gradient / staleness": scale("threshold", 1.1, method=mitigations.SCALING),
+        "DC-ASGD": scale("threshold", 1.1, method=mitigations.DC_ASGD),
+        "shifted momentum's gain": scale("threshold", 1.1, method=mitigations.SHIFTED_MOMENTUM),
+        "gain of damped": scale("threshold", 1.5, method=mitigations.DAMPED_MOMENTUM),
+        "last update": scale("threshold", 10.0, method=mitigations.REPEATED),
+        "a real minimum": scale("measured", 1.2, series="measured"),
     },
     "13": {"distance of the best rate": below_the_others("validation_error")},
     "eos": {

@@ -143,7 +143,10 @@ def test_picture_without_matplotlib(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "one of the arguments --delay --uniform --normal --pmf --workers is required"),
+        (
+            "",
+            "one of the arguments --delay --uniform --normal --pmf --workers --stages is required",
+        ),
         ("--delay x", "invalid int value: 'x'"),
         ("--delay -1", "delay must be an integer >= 0, got -1"),
         ("--delay 2 --momentum 1", "momentum must lie in [0, 1), got 1.0"),

@@ -30,7 +30,7 @@ def batches(count):
 @pytest.mark.parametrize("mode", ["server", "worker"])
 def test_chains_are_those_of_a_list(mode):
     """worker: push t continues the statistics that were written at push t - staleness - 1."""
-    model = models.create("mnist_cnn_bn", num_classes=10, width=0.1)
+    model = models.create("mnist_cnn_bn", num_classes=10, width=0.1, conv_impl="lax")
     process = delays.from_trace(TRACE)
     tx = asgd_jax.delayed(optax.sgd(0.05), process)
     chains = make_chains(mode, process.max_delay)
@@ -55,7 +55,7 @@ def test_chains_are_those_of_a_list(mode):
 
 
 def test_recalibration_is_the_mean_of_batch_statistics():
-    model = models.create("mnist_cnn_bn", num_classes=10, width=0.1)
+    model = models.create("mnist_cnn_bn", num_classes=10, width=0.1, conv_impl="lax")
     state = init_state(model, optax.sgd(0.1), SHAPE, 0)
     images = [preprocess(None, batch.images[0]) for batch in batches(3)]
     measured = recalibrate(model, state.params, state.batch_stats, images)

@@ -79,7 +79,7 @@ def compiled_step(setup, batch):
     "changes",
     [
         {"delay": 0},
-        {"delay": 1, "model": "digits_cnn"},
+        {"delay": 1, "model": "digits_cnn", "conv_impl": "lax"},
         {"delay": 3, "model": "digits_cnn"},
         {"delay": 1, "model": "mnist_cnn_bn", "conv_impl": "lax"},
         {"delay": 1, "crops": True},
@@ -147,6 +147,7 @@ def test_pmap_normalises_by_the_batch_of_each_device(config):
     config.update(
         model="mnist_cnn_bn", width=0.1, num_devices=2, parallelism="pmap", delay=0, num_workers=1
     )
+    config.conv_impl = "lax"
     config.model_options = ConfigDict()
     setup = set_up(config)
     put, get = setup.placement.put, setup.placement.get

@@ -55,7 +55,7 @@ def test_the_gradient_of_many_workers_is_the_mean_of_theirs():
 
 
 def test_batch_norm_sees_each_worker_alone_and_keeps_one_chain_on_the_server():
-    model = models.create("mnist_cnn_bn", num_classes=10, width=0.1)
+    model = models.create("mnist_cnn_bn", num_classes=10, width=0.1, conv_impl="lax")
     state = init_state(model, optax.sgd(0.1), (12, 12, 1), seed=0)
     random = np.random.default_rng(1)
     images = random.integers(0, 256, (2, 4, 12, 12, 1), dtype=np.uint8)

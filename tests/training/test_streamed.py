@@ -19,6 +19,7 @@ def config(tfds_data_dir):
         data_dir=str(tfds_data_dir),
         image_size=32,
         model="mnist_cnn_bn",
+        conv_impl="lax",  # compiled in a third of the time
         width=0.25,
         num_workers=4,
         worker_batch_size=16,

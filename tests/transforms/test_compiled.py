@@ -65,6 +65,10 @@ CASES = {
         lambda: optax.sgd(0.1),
         lambda inner: asgd_jax.delayed(inner, delays.uniform(1, DELAY)),
     ),
+    "by leaf": (
+        lambda: optax.sgd(0.1),
+        lambda inner: asgd_jax.delayed(inner, {"first": DELAY, "bias": 0, "second": DELAY + 1}),
+    ),
     "bfloat16": (
         lambda: optax.sgd(0.1),
         lambda inner: asgd_jax.delayed(inner, DELAY, history_dtype=jnp.bfloat16),

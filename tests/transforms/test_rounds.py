@@ -224,6 +224,12 @@ def test_engines_that_cannot_be(make, said):
         (4, lambda x, b: x, np.ones(4), "gradient(params, batch) must return"),
         (2, lambda x, b: (x, b), np.ones(4), "it is the state of other workers"),
         (delays.rounds_of([0]), lambda x, b: (x, b), np.ones(4), "it is the state of a recorded"),
+        (
+            4,
+            lambda x, b: ({"x": b}, b),
+            np.ones(4),
+            "gradient(params, batch) returned ['x'] of shape () for a parameter of shape (2,)",
+        ),
     ],
 )
 def test_rounds_that_cannot_be(made_for, gradient, batches, said):
@@ -231,3 +237,52 @@ def test_rounds_that_cannot_be(made_for, gradient, batches, said):
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         asgd_jax.rounds(optax.sgd(0.1), 4).round(gradient, state, batches)
     assert "\n" not in str(error.value)
+
+
+def test_a_recorded_state_goes_on_only_where_a_block_begins():
+    """Updates under one cut, then under another: exact at a common edge, NaN within a block."""
+    trace = np.array([3, 2, 2, 1, 1, 0, 0, 0, 0, 3, 2, 3])
+    inner, whole = optax.sgd(0.1, momentum=0.9), delays.rounds_of(trace)
+    versions, _ = serve(inner, np.minimum(trace, np.arange(trace.size)))
+
+    halved = delays.rounds_of(trace, 2)
+    assert {3, 5} <= {*whole.starts.tolist()}
+    assert 5 in halved.starts
+    assert 3 not in halved.starts
+    engines = [asgd_jax.rounds(inner, blocks) for blocks in (whole, halved)]
+    start = engines[0].init(PARAMS)
+    for first, exact in ((5, True), (3, False)):
+        state = start
+        for number, row in enumerate(whole.updates()):
+            if whole.starts[number] < first:
+                batches = tuple(leaf[row] for leaf in DATA)
+                state, _ = jax.jit(engines[0].round, static_argnums=0)(gradient, state, batches)
+        assert int(state.count) == first
+        number = int(np.searchsorted(halved.starts, first, side="right")) - 1
+        for row in halved.updates()[number:]:
+            batches = tuple(leaf[row] for leaf in DATA)
+            state, _ = jax.jit(engines[1].round, static_argnums=0)(gradient, state, batches)
+        if exact:
+            assert_close(state.params, versions[-1])
+        else:
+            assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(state.params))
+    other, batches = asgd_jax.rounds(inner, delays.rounds_of(range(6))), DATA
+    with pytest.raises(ValueError, match="it is the state of other blocks"):
+        other.round(gradient, start, tuple(leaf[:6] for leaf in batches))
+
+
+def test_an_explicit_mesh_around_it_is_one_line():
+    mesh = jax.make_mesh((2,), ("workers",), axis_types=(jax.sharding.AxisType.Explicit,))
+    engine = asgd_jax.rounds(optax.sgd(0.1), 2, mesh=mesh)
+    assert float(engine.init(jnp.ones(())).params) == 1.0
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"axes \('workers',\) are Explicit"):
+        engine.init(jnp.ones(()))
+
+
+def test_an_optimizer_that_keeps_the_parameters_keeps_its_own():
+    keeping = optax.GradientTransformation(lambda params: params, lambda u, s, p=None: (u, s))
+    params = jnp.ones(2)
+    state = asgd_jax.rounds(keeping, 2).init(params)
+    pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)}
+    assert params.unsafe_buffer_pointer() not in pointers
+    assert len(pointers) == len(jax.tree.leaves(state))

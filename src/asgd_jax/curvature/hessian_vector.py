@@ -8,7 +8,7 @@ loss of its own, and the answer depends on how the data is cut into batches.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,35 @@ import numpy as np
 
 from asgd_jax.checksum import checksum
 
+
+class GaussNewton(NamedTuple):
+    r"""A loss of a model's outputs, whose curvature is to be that of the loss alone.
+
+    $G = \sum_i J_i^T (\nabla^2_o \ell_i) J_i$ with J the Jacobian of the outputs: the Hessian less
+    the curvature of the model. It is positive semidefinite where the loss is convex in the outputs.
+    Every function of this package takes one in the place of `loss_fn`.
+
+    Attributes:
+      outputs: `outputs(params, batch)`, a pytree of arrays.
+      loss: `loss(outputs, batch)`, the scalar mean loss of the batch.
+
+    >>> squared = GaussNewton(lambda p, batch: jnp.sin(p), lambda out, batch: jnp.sum(out**2) / 2)
+    >>> hessian_vector_product(squared)(jnp.zeros(1), jnp.ones(1), [None])
+    Array([1.], dtype=float32)
+    """
+
+    outputs: Callable[[Any, Any], Any]
+    loss: Callable[[Any, Any], jax.Array]
+
+
 LossFn = Callable[[Any, Any], jax.Array]
+Loss = LossFn | GaussNewton
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 # (params, vector, batch) -> ((loss, product), both times the batch size; checksum of the batch)
 Step = Callable[[Any, Any, Any], tuple[Any, jax.Array]]
 
 
-def hessian_vector_product(loss_fn: LossFn) -> Callable[[Any, Any, Batches], Any]:
+def hessian_vector_product(loss_fn: Loss) -> Callable[[Any, Any, Batches], Any]:
     r"""The function `product(params, vector, batches)`: the mean loss's Hessian times a vector.
 
     $\nabla^2 L(\theta) v = \partial_\epsilon \nabla L(\theta + \epsilon v)$ at $\epsilon = 0$,
@@ -54,14 +76,14 @@ def hessian_vector_product(loss_fn: LossFn) -> Callable[[Any, Any, Batches], Any
     return product
 
 
-def make_step(loss_fn: LossFn) -> Step:
+def make_step(loss_fn: Loss) -> Step:
     """One batch's share in the sums over examples of (loss, product)."""
+    multiply = _gauss_newton(loss_fn) if isinstance(loss_fn, GaussNewton) else _hessian(loss_fn)
 
     @jax.jit
     def step(params: Any, vector: Any, batch: Any) -> tuple[Any, jax.Array]:
         with jax.default_matmul_precision("highest"):
-            gradient = jax.value_and_grad(lambda p: loss_fn(p, batch))
-            (loss, _), (_, product) = jax.jvp(gradient, (params,), (vector,))
+            loss, product = multiply(params, vector, batch)
 
         def summed(mean: jax.Array) -> jax.Array:
             return _batch_size(batch) * mean.astype(jnp.promote_types(mean.dtype, jnp.float32))
@@ -69,6 +91,29 @@ def make_step(loss_fn: LossFn) -> Step:
         return jax.tree.map(summed, (loss, product)), checksum(batch)
 
     return step
+
+
+Multiply = Callable[[Any, Any, Any], tuple[jax.Array, Any]]  # (params, vector, batch)
+
+
+def _hessian(loss_fn: LossFn) -> Multiply:
+    def multiply(params: Any, vector: Any, batch: Any) -> tuple[jax.Array, Any]:
+        gradient = jax.value_and_grad(lambda p: loss_fn(p, batch))
+        (loss, _), (_, product) = jax.jvp(gradient, (params,), (vector,))
+        return loss, product
+
+    return multiply
+
+
+def _gauss_newton(both: GaussNewton) -> Multiply:
+    def multiply(params: Any, vector: Any, batch: Any) -> tuple[jax.Array, Any]:
+        outputs, forward = jax.linearize(lambda p: both.outputs(p, batch), params)
+        of_outputs = jax.value_and_grad(lambda out: both.loss(out, batch))
+        (loss, _), (_, curved) = jax.jvp(of_outputs, (outputs,), (forward(vector),))
+        (product,) = jax.linear_transpose(forward, params)(curved)
+        return loss, product
+
+    return multiply
 
 
 # Apart from the step: with the running sums among its arguments it would compile once more for

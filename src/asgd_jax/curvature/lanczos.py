@@ -7,29 +7,27 @@ formed: jitted Hessian-vector products, summed over the batches, feed ARPACK's L
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
-from asgd_jax.curvature.hessian_vector import (
-    Batches,
-    LossFn,
-    Step,
-    as_parameters,
-    make_step,
-    one_pass,
+from asgd_jax.curvature.flat_hessian import (
+    FlatHessian,
+    NotFinite,
+    OutOfProducts,
+    inverse_root,
+    start_vector,
+    unflatten,
 )
+from asgd_jax.curvature.hessian_vector import Batches, Loss, as_parameters, make_step
 
 # ARPACK first looks at convergence after this many products + 1, and holds as many float64 vectors.
 # SciPy's default of 20 costs 21 products where outlying eigenvalues, the rule in neural networks,
 # have converged to 1e-8 after 13.
 _LANCZOS_VECTORS = 12
 _LAST_LANCZOS_VECTORS = 32
-# A warm start inside an invariant subspace would never see the rest of the spectrum.
-_WARM_START_NOISE = 0.01
 
 
 class Sharpness(NamedTuple):
@@ -50,16 +48,8 @@ class Sharpness(NamedTuple):
     vector: Any
 
 
-class _NotFinite(Exception):
-    """The loss or the Hessian is not finite."""
-
-
-class _OutOfProducts(Exception):
-    """The budget of products is spent."""
-
-
 def sharpness(
-    loss_fn: LossFn,
+    loss_fn: Loss,
     params: Any,
     batches: Batches,
     *,
@@ -67,6 +57,7 @@ def sharpness(
     seed: int = 0,
     max_matvecs: int = 300,
     initial_vector: Any = None,
+    preconditioner: Any = None,
 ) -> Sharpness:
     r"""Largest algebraic eigenvalue of the Hessian of the mean loss over a fixed set of batches.
 
@@ -91,6 +82,9 @@ def sharpness(
         back all the same; `residual` says how good it is.
       initial_vector: pytree like `params` to start from, such as an earlier result's `vector`. One
         that is zero or not finite (a diverged result's) is ignored.
+      preconditioner: pytree like `params`, the positive diagonal D of an adaptive optimizer
+        (`adam_preconditioner`). The matrix is then $D^{-1/2} H D^{-1/2}$, whose largest eigenvalue
+        takes the place of sharpness in every threshold while D stands still.
 
     Returns:
       A `Sharpness`. Divergence is a result, not an exception: where the loss or a product is not
@@ -110,13 +104,15 @@ def sharpness(
     curvature $a$, for which eq. 5 and its kin state stability in terms of $h = \eta a$.
     """
     measure = make_sharpness(loss_fn, tol=tol, max_matvecs=max_matvecs)
-    return measure(params, batches, seed=seed, initial_vector=initial_vector)
+    return measure(
+        params, batches, seed=seed, initial_vector=initial_vector, preconditioner=preconditioner
+    )
 
 
 def make_sharpness(
-    loss_fn: LossFn, *, tol: float = 1e-3, max_matvecs: int = 300
+    loss_fn: Loss, *, tol: float = 1e-3, max_matvecs: int = 300
 ) -> Callable[..., Sharpness]:
-    """The function `measure(params, batches, *, seed=0, initial_vector=None) -> Sharpness`.
+    """The function `measure(params, batches, *, seed=0, initial_vector=None, preconditioner=None)`.
 
     It compiles once for each shape of batch and never for new parameters, so it is the form for
     measuring along a training run, each time from the last `vector`:
@@ -140,89 +136,30 @@ def make_sharpness(
     step = make_step(loss_fn)
 
     def measure(
-        params: Any, batches: Batches, *, seed: int = 0, initial_vector: Any = None
+        params: Any,
+        batches: Batches,
+        *,
+        seed: int = 0,
+        initial_vector: Any = None,
+        preconditioner: Any = None,
     ) -> Sharpness:
-        if isinstance(batches, Iterator):
-            raise ValueError(
-                f"batches is a one-shot {type(batches).__name__}, and sharpness passes over the "
-                "batches many times: pass a list, or a function that returns a fresh iterator"
-            )
         params = as_parameters(params)
-        start = _start_vector(params, seed, initial_vector)
-        hessian = _Hessian(step, params, batches)
+        start = start_vector(params, seed, initial_vector)
+        hessian = FlatHessian(step, params, batches, inverse_root(preconditioner, params))
         try:
             vector = _largest_eigenvector(hessian, start, tol, max_matvecs)
             product = hessian(vector)
-        except _NotFinite:
+        except NotFinite:
             vector = product = np.full_like(start, np.nan)
         value = float(vector @ product)
         residual = float(np.linalg.norm(product - value * vector))
-        return Sharpness(value, residual, hessian.num_matvecs, _unflatten(vector, params))
+        return Sharpness(value, residual, hessian.num_matvecs, unflatten(vector, params))
 
     return measure
 
 
-def _flatten(tree: Any) -> np.ndarray:
-    return np.concatenate([np.asarray(x).astype(np.float64).ravel() for x in jax.tree.leaves(tree)])
-
-
-def _unflatten(flat: np.ndarray, params: Any) -> Any:
-    """The float64 vector as a pytree like `params`: shapes, dtypes, and placement on devices."""
-    leaves, structure = jax.tree.flatten(params)
-    parts = np.split(flat, np.cumsum([leaf.size for leaf in leaves])[:-1])
-
-    def place(part: np.ndarray, leaf: jax.Array) -> jax.Array:
-        part = part.reshape(leaf.shape).astype(leaf.dtype)
-        return jax.device_put(part, leaf.sharding if leaf.committed else None)
-
-    return jax.tree.unflatten(structure, [place(*pair) for pair in zip(parts, leaves, strict=True)])
-
-
-def _start_vector(params: Any, seed: int, initial_vector: Any) -> np.ndarray:
-    """A random unit vector, or the unit initial vector with a little of the random one."""
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    random = np.random.default_rng(seed).standard_normal(size)
-    random /= np.linalg.norm(random)
-    if initial_vector is None:
-        return random
-    shapes, needed = (jax.tree.map(np.shape, tree) for tree in (initial_vector, params))
-    if shapes != needed:
-        raise ValueError(f"initial_vector has the shapes {shapes}, params {needed}: pass None")
-    initial = _flatten(initial_vector)
-    norm = np.linalg.norm(initial)
-    if not (np.isfinite(norm) and norm > 0):
-        return random
-    return initial / norm + _WARM_START_NOISE * random
-
-
-class _Hessian:
-    """The Hessian as a function of flat float64 vectors, which counts and limits its products.
-
-    Raises, from a product: `_NotFinite`; `_OutOfProducts`; ValueError for batches that changed.
-    """
-
-    def __init__(self, step: Step, params: Any, batches: Batches) -> None:
-        self.num_matvecs = 0
-        self.limit = math.inf
-        self._arguments = step, params, batches
-        self._checksums: list[int] | None = None
-
-    def __call__(self, flat: np.ndarray) -> np.ndarray:
-        if self.num_matvecs >= self.limit:
-            raise _OutOfProducts
-        self.num_matvecs += 1
-        step, params, batches = self._arguments
-        vector = _unflatten(np.ravel(flat), params)
-        total, examples, checksums = one_pass(step, params, vector, batches, self._checksums)
-        self._checksums = self._checksums or [int(checksum) for checksum in checksums]
-        product = _flatten(total[1]) / examples
-        if not (np.isfinite(total[0]) and np.isfinite(product).all()):
-            raise _NotFinite
-        return product
-
-
 def _largest_eigenvector(
-    hessian: _Hessian, start: np.ndarray, tol: float, max_matvecs: int
+    hessian: FlatHessian, start: np.ndarray, tol: float, max_matvecs: int
 ) -> np.ndarray:
     """ARPACK's unit vector; the last of `max_matvecs` products is left to the caller."""
     size = start.size
@@ -240,7 +177,7 @@ def _largest_eigenvector(
         hessian.limit = limit
         options = {"ncv": num_vectors, "tol": tolerance, "maxiter": max_matvecs}
         # ARPACK refuses a Hessian of zero too, but any vector, hence `start`, is its eigenvector.
-        with contextlib.suppress(_OutOfProducts, ArpackError):
+        with contextlib.suppress(OutOfProducts, ArpackError):
             vector = eigsh(operator, k=1, which="LA", v0=start, **options)[1][:, 0]
             break
     hessian.limit = max_matvecs

@@ -16,6 +16,7 @@ from asgd_jax.delays.processes import (
     uniform,
     validate_pmf,
 )
+from asgd_jax.delays.stages import by_stage, pipeline
 from asgd_jax.delays.workers import simulate_workers
 
 __all__ = [
@@ -23,10 +24,12 @@ __all__ = [
     "DelayProcess",
     "as_integer",
     "as_process",
+    "by_stage",
     "categorical",
     "constant",
     "discretized_normal",
     "from_trace",
+    "pipeline",
     "rounds_of",
     "simulate_workers",
     "uniform",

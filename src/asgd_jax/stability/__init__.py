@@ -14,6 +14,7 @@ from asgd_jax.stability.lyapunov import (
     lyapunov_max_learning_rate,
 )
 from asgd_jax.stability.rules import rescale_learning_rate
+from asgd_jax.stability.stages import stages_max_learning_rate, stages_spectral_radius
 from asgd_jax.stability.thresholds import max_delay, max_learning_rate, max_sharpness
 
 __all__ = [
@@ -30,4 +31,6 @@ __all__ = [
     "optimizer_spectral_radius",
     "rescale_learning_rate",
     "spectral_radius",
+    "stages_max_learning_rate",
+    "stages_spectral_radius",
 ]

@@ -3,6 +3,9 @@
 python -m asgd_jax.stability --delay 32 --momentum 0.9 --kind shifted --sharpness 20
 python -m asgd_jax.stability --uniform 1 64 --learning-rate 0.01 --sharpness 20
 python -m asgd_jax.stability --workers 16 --schedule normal --baseline-learning-rate 0.8
+python -m asgd_jax.stability --stages 8 --momentum 0.9 --sharpness 20
+python -m asgd_jax.stability --delay 8 --momentum 0.9 --method all
+python -m asgd_jax.stability --delay 8 --optimizer adam --sharpness 300  # the preconditioned one
 """
 
 import argparse
@@ -10,10 +13,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from asgd_jax import delays
 from asgd_jax.command_line import OneLineParser
 from asgd_jax.stability.arguments import KINDS, Delay
+from asgd_jax.stability.mitigations import (
+    MITIGATIONS,
+    PREDICTION,
+    format_rows,
+    method_rows,
+    pipeline_rows,
+)
 from asgd_jax.stability.plot import plot_thresholds
 from asgd_jax.stability.report import Question, answer, render
 
@@ -57,6 +68,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="variance over mean squared of the curvature that one update's batch sees: that of "
         "single samples over the batch size (default 0, the full batch)",
     )
+    parser.add_argument(
+        "--method",
+        metavar="NAME",
+        help="of --delay: what a mitigation does to the threshold of heavy ball, read off its "
+        f"code: {', '.join([*MITIGATIONS, PREDICTION])}, or all",
+    )
+    parser.add_argument(
+        "--optimizer",
+        choices=("sgd", "adam"),
+        default="sgd",
+        help="adam: a damped heavy ball of momentum --momentum (0.9), with the sharpness of "
+        "D^-1/2 H D^-1/2 as --sharpness",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", metavar="FILE.png", help="draw 1/h* against the delay")
     return parser
@@ -80,10 +104,13 @@ def _add_delay(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--workers", type=int, metavar="N", help="simulate N workers of one parameter server"
     )
+    group.add_argument(
+        "--stages", type=int, metavar="S", help="an asynchronous pipeline of S stages"
+    )
     parser.add_argument(
         "--schedule",
-        default="round_robin",
-        help="of --workers: round_robin (default), random or normal",
+        help="of --workers: round_robin (default), random or normal; of --stages: 1f1b (default) "
+        "or gpipe-async",
     )
     parser.add_argument(
         "--updates", type=int, default=50_000, help="simulated with --workers (default 50000)"
@@ -95,6 +122,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
+        if options.optimizer == "adam":
+            if options.kind != "heavy_ball" or options.no_dampening:
+                raise ValueError(
+                    "--optimizer=adam is a damped heavy ball: leave out the other kind"
+                )
+            options.momentum = _DEFAULT_MOMENTUM if options.momentum is None else options.momentum
+        if options.stages is not None or options.method is not None:
+            print(_answer_rows(options))
+            return 0
         delay, description = _read_delay(options)
         question = Question(
             delay,
@@ -116,6 +152,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _answer_rows(options: argparse.Namespace) -> str:
+    """The answer for a pipeline, or for a mitigation under a constant delay."""
+    if options.kind != "heavy_ball" or options.plot is not None or options.curvature_noise:
+        raise ValueError("--stages and --method know heavy ball only, and draw nothing")
+    method: dict[str, Any] = {
+        "sharpness": 1.0 if options.sharpness is None else options.sharpness,
+        "momentum": options.momentum or 0.0,
+        "dampening": not options.no_dampening,
+    }
+    heading = [f"sharpness  {method['sharpness']:g}", f"momentum   {method['momentum']:g}"]
+    if options.stages is not None:
+        if options.method is not None:
+            raise ValueError("--method needs --delay: a stage has a delay of its own")
+        schedule = options.schedule or "1f1b"
+        rows = pipeline_rows(options.stages, schedule, **method)
+        ages = delays.pipeline(options.stages, schedule)
+        heading.insert(0, f"pipeline   {options.stages} stages ({schedule}), delays {ages}")
+        heading.append("the sharpest direction is")
+    else:
+        if options.delay is None:
+            raise ValueError("--method needs --delay: its threshold is that of a constant one")
+        names = [*MITIGATIONS, *([PREDICTION] if options.momentum else [])]
+        chosen = names if options.method == "all" else [options.method]
+        rows = method_rows(chosen, delays.as_integer(options.delay, "delay"), **method)
+        heading.insert(0, f"delay      {options.delay} updates (constant)")
+    if options.json:
+        return json.dumps({**method, "largest stable learning rate": dict(rows)}, indent=2)
+    return format_rows(heading, rows)
+
+
 def _read_delay(options: argparse.Namespace) -> tuple[Delay, str]:
     """The delay that the options name, and its description."""
     if options.delay is not None:
@@ -129,9 +195,10 @@ def _read_delay(options: argparse.Namespace) -> tuple[Delay, str]:
     if options.pmf is not None:
         return delays.categorical(_read_pmf(options.pmf)), f"probabilities {options.pmf}"
     trace = delays.simulate_workers(
-        options.workers, options.updates, schedule=options.schedule, seed=0
+        options.workers, options.updates, schedule=options.schedule or "round_robin", seed=0
     )
-    return delays.from_trace(trace), f"{options.workers} workers, {options.schedule} schedule"
+    schedule = options.schedule or "round_robin"
+    return delays.from_trace(trace), f"{options.workers} workers, {schedule} schedule"
 
 
 def _read_normal(texts: list[str]) -> tuple[int, float]:

@@ -44,16 +44,15 @@ def make_advance(config: ConfigDict, setup: Setup) -> Advance:
         cut = make_cut(run.process, config.seed, num_updates)
     if feed.samples is None:
         assert feed.stream is not None, "a feed has samples or a stream"
-        put = _put_round if in_rounds else _put_update
+        add = add_round if in_rounds else add_step
+        put = partial(_put_round, num_updates=num_updates) if in_rounds else _put_update
         return follow_stream(
             feed.stream.train,
-            stream_step(
-                run.advance, config.divergence_loss, placement, add_round if in_rounds else add_step
-            ),
-            partial(put, placement, plan, num_updates if in_rounds else 1),
+            stream_step(run.advance, config.divergence_loss, placement, add),
+            partial(put, placement, plan),
             plan.steps_per_epoch,
             max_delay,
-            lengths=cut if in_rounds else lambda first, count: repeat(1, count),
+            lengths=cut if in_rounds else _one_by_one,
         )
     order_of = jax.jit(
         lambda epoch: data.epoch_batches(config.seed, epoch, plan),
@@ -81,14 +80,18 @@ def make_advance(config: ConfigDict, setup: Setup) -> Advance:
     )
 
 
-def _put_update(
-    placement: Placement, plan: data.BatchPlan, num_updates: int, batches: list[HostBatch]
-) -> Batch:
+def _one_by_one(first: int, count: int) -> Iterable[int]:
+    """Of so many updates, each on its own."""
+    del first
+    return repeat(1, count)
+
+
+def _put_update(placement: Placement, plan: data.BatchPlan, batches: list[HostBatch]) -> Batch:
     return placement.put_batch(batches[0], (plan.workers_per_update, plan.worker_batch_size))
 
 
 def _put_round(
-    placement: Placement, plan: data.BatchPlan, num_updates: int, batches: list[HostBatch]
+    placement: Placement, plan: data.BatchPlan, batches: list[HostBatch], num_updates: int
 ) -> RoundBatch:
     """The batches of a round, the last one repeated where it is short."""
     padded = [*batches, *[batches[-1]] * (num_updates - len(batches))]
@@ -147,7 +150,7 @@ def follow_stream(
     steps_per_epoch: int,
     max_delay: int,
     *,
-    lengths: Callable[[int, int], Iterable[int]] = lambda first, count: repeat(1, count),
+    lengths: Callable[[int, int], Iterable[int]] = _one_by_one,
 ) -> Advance:
     """Returns `advance` over a stream: the host runs ahead of the devices by two updates."""
     stream = _Open(iter(()), -1)
@@ -160,9 +163,8 @@ def follow_stream(
         totals = zero_totals(max_delay)
         earlier = totals
         for length in lengths(first, stop - start):
-            batch = put(
-                [next(stream.batches) for _ in range(length)]
-            )  # on its way while the device still computes
+            # On its way while the device still computes.
+            batch = put([next(stream.batches) for _ in range(length)])
             # Two steps behind: the last one may still run while this one is handed over, so the
             # device never waits for the host. A step after the divergence changes nothing.
             if int(_local(earlier.diverged_at)) != NOT_DIVERGED:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 _KINDS = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
-_INSTRUCTION = re.compile(rf"= (.*?) ({_KINDS})(?:-start)?\(")
+_INSTRUCTION = re.compile(rf"= (.*?) ({_KINDS})\(")
 _ARRAY = re.compile(r"([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
@@ -27,7 +27,9 @@ class Collective(NamedTuple):
 
 
 def collectives_of(text: str) -> list[Collective]:
-    """Returns the exchanges of a compiled program; one in a loop's body is there once.
+    """Returns the exchanges of a program compiled for CPU devices; one in a loop is there once.
+
+    Other backends write an exchange as a pair, `-start` and `-done`, which this does not read.
 
     Args:
       text: of `compiled.as_text()`.

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from asgd_jax.data import FACTS, BatchPlan, imagenet_normalizer, plan_batches
+from asgd_jax.data import FACTS, BatchPlan, imagenet_normalizer
 from asgd_jax.delays import DelayProcess
 from asgd_jax.training import mesh as devices
 from asgd_jax.training.collectives import collectives_of
-from asgd_jax.training.config import validate_config
+from asgd_jax.training.config import STREAMED, validate_config
+from asgd_jax.training.feed import plan_of
 from asgd_jax.training.program import DataSpec, build_run
 from asgd_jax.training.rounds_step import (
     RoundBatch,
@@ -86,12 +87,7 @@ def abstract_step(
         raise ValueError(f"unknown data set {config.dataset!r}: use one of {known}")
     facts = FACTS[config.dataset]
     image_shape = facts.image_shape or (config.image_size, config.image_size, 3)
-    plan = plan_batches(
-        facts.num_train,
-        num_workers=config.num_workers,
-        worker_batch_size=config.worker_batch_size,
-        delay=config.delay,
-    )
+    plan = plan_of(config, facts.num_train)
     normalize = imagenet_normalizer() if image_shape[-1] == 3 else _to_float
     spec = DataSpec(
         plan, facts.num_classes, image_shape, lambda key, images: normalize(images), normalize
@@ -164,15 +160,7 @@ def make_plan(config: ConfigDict) -> Plan:
 def _shardings(config: ConfigDict, mesh: Mesh, state: TrainState, batch: Any) -> tuple[Any, Any]:
     """Where the state and the batch of a step lie."""
     if config.parallelism == "workers":
-        check_workers(
-            plan_batches(
-                1 << 60,
-                num_workers=config.num_workers,
-                worker_batch_size=config.worker_batch_size,
-                delay=config.delay,
-            ),
-            mesh.size,
-        )
+        check_workers(plan_of(config, 1 << 60), mesh.size)
         split = jax.tree.map(lambda _: devices.leading_sharding(mesh), batch)
         return round_sharding(state, mesh), split._replace(length=devices.replicated(mesh))
     devices.check_divisible(config.worker_batch_size, mesh.size)
@@ -188,6 +176,8 @@ def format_plan(config: ConfigDict, plan: Plan) -> str:
     rows += [f"  {'total':12}{memory.total / 2**20:12,.1f}"]
     every = "an update" if updates == 1 else f"a round of {updates} updates"
     rows += [f"received by a device, {every}: {received / 2**20:,.1f} MiB"]
+    if config.parallelism == "workers" and config.dataset in STREAMED:
+        rows += [f"  and up to {memory.batch / 2**20:,.1f} of images where several processes read"]
     rows += [f"activations as compiled for {jax.default_backend()}; other backends differ"]
     return "\n".join(rows)
 

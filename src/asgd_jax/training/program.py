@@ -102,6 +102,7 @@ def build_run(
             config.label_smoothing,
             chains=chains,
             mesh=make_mesh(config.num_devices) if mesh is None else mesh,
+            divergence_loss=config.divergence_loss,
         )
     else:
         tx = optimizer.make_optimizer(*arguments)

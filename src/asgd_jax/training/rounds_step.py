@@ -106,6 +106,7 @@ def make_round_step(
     *,
     chains: BatchStatsChains,
     mesh: Mesh,
+    divergence_loss: float,
 ) -> RoundStep:
     """Returns the rounds of a run; arguments as of `make_train_step`.
 
@@ -114,6 +115,7 @@ def make_round_step(
       process: the staleness, any: it decides how long the rounds are.
       plan: batch arithmetic.
       mesh: of one axis, over which the workers are divided.
+      divergence_loss: a round ends with the update whose train loss exceeds it, or is not finite.
     """
     num_updates, copies = updates_of_round(process, plan, mesh.size), plan.workers_per_update
     layout = make_layout(mesh, AXIS, None)
@@ -148,18 +150,30 @@ def make_round_step(
         )
         server_state = state.opt_state._replace(params=state.params)
         block = Block(state.step, batch.length, updates - staleness)
-        server_state, aux, gradients = engine.round(of_worker, server_state, given, block)
-        stats, losses, errors = jax.tree.map(
-            lambda leaf: leaf.reshape(num_updates, copies, *leaf.shape[1:]).mean(1),
-            jax.lax.with_sharding_constraint(aux, whole),
+
+        def by_update(aux: PyTree) -> PyTree:
+            return jax.tree.map(
+                lambda leaf: leaf.reshape(num_updates, copies, *leaf.shape[1:]).mean(1),
+                jax.lax.with_sharding_constraint(aux, whole),
+            )
+
+        def until_divergence(aux: PyTree) -> jax.Array:
+            """As many updates as there are up to the first whose loss is too large."""
+            fine = by_update(aux)[1] <= divergence_loss  # False for NaN too
+            return jnp.where(fine.all(), num_updates, jnp.argmin(fine) + 1).astype(jnp.int32)
+
+        server_state, aux, gradients = engine.round(
+            of_worker, server_state, given, block, until_divergence
         )
+        stats, losses, errors = by_update(aux)
+        length = server_state.count - state.opt_state.count
         norms = jax.vmap(optax.tree.norm)(gradients)
-        kept = _push_stats(chains, state, stats, staleness, batch.length)
+        kept = _push_stats(chains, state, stats, staleness, length)
         params = server_state.params
         new = TrainState(
-            state.step + batch.length, params, kept, server_state._replace(params=()), state.key
+            state.step + length, params, kept, server_state._replace(params=()), state.key
         )
-        return new, RoundMetrics(StepMetrics(losses, errors, norms, staleness), batch.length)
+        return new, RoundMetrics(StepMetrics(losses, errors, norms, staleness), length)
 
     def stale(state: TrainState) -> PyTree:
         version = state.step - staleness_of(state.key, state.step)
@@ -243,18 +257,14 @@ def round_sharding(state: TrainState, mesh: Mesh) -> PyTree:
 def add_round(
     totals: ChunkTotals, metrics: RoundMetrics, step: jax.Array, divergence_loss: float
 ) -> ChunkTotals:
-    """Returns the totals with the updates of a round, up to one that diverges."""
+    """Returns the totals with the updates of a round, which ends with one that diverges."""
 
-    def unfinished(carry: tuple[jax.Array, ChunkTotals]) -> jax.Array:
-        at, totals = carry
-        return (at < metrics.length) & (totals.diverged_at == NOT_DIVERGED)
-
-    def add(carry: tuple[jax.Array, ChunkTotals]) -> tuple[jax.Array, ChunkTotals]:
-        at, totals = carry
+    def add(at: jax.Array, totals: ChunkTotals) -> ChunkTotals:
         one = jax.tree.map(lambda leaf: leaf[at], metrics.each)
-        return at + 1, add_step(totals, one, step + at, divergence_loss)
+        return add_step(totals, one, step + at, divergence_loss)
 
-    return jax.lax.while_loop(unfinished, add, (jnp.zeros((), jnp.int32), totals))[1]
+    added: ChunkTotals = jax.lax.fori_loop(0, metrics.length, add, totals)
+    return added
 
 
 def make_run_rounds(

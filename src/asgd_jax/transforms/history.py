@@ -14,6 +14,7 @@ the parameters do not pass through such a ring; they do through any other.)
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -85,14 +86,14 @@ def _with_slot_axis(leaf: Any) -> Any:
     return leaf.update(spec=_with_slot_axis(leaf.spec)) if _is_sharding(leaf) else leaf
 
 
-def init_ring(tree: PyTree, depth: int, dtype: DTypeLike | None = None) -> Ring:
+def init_ring(tree: PyTree, depth: int | PyTree, dtype: DTypeLike | None = None) -> Ring:
     """Returns a ring whose every slot holds a copy of `tree`.
 
     Args:
       tree: pytree of arrays, or of `jax.ShapeDtypeStruct`s for the shapes of the ring alone. Flax's
         boxes with names of axes (Linen) and variables with a sharding (NNX) get a nameless first
         axis.
-      depth: number of slots.
+      depth: number of slots; or a pytree of ints like `tree`, each leaf's own.
       dtype: storage dtype of floating-point leaves; their own by default.
 
     Returns:
@@ -102,14 +103,16 @@ def init_ring(tree: PyTree, depth: int, dtype: DTypeLike | None = None) -> Ring:
     (3, 2)
     """
 
-    def stack(leaf: Any) -> Any:
+    def stack(leaf: Any, depth: int) -> Any:
         leaf = jnp.asarray(leaf)
         if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = leaf.astype(jax.dtypes.canonicalize_dtype(dtype))
         return jnp.repeat(_to_bits(leaf)[None], depth, axis=0)
 
-    def stack_node(node: Any) -> Any:
-        slots = jax.tree.map(lambda leaf: of_shape(stack, leaf), node)
+    def stack_node(node: Any, depths: Any) -> Any:
+        slots = jax.tree.map(
+            lambda leaf, depth: of_shape(partial(stack, depth=depth), leaf), node, depths
+        )
         if hasattr(slots, "get_metadata"):  # a variable of Flax NNX
             # The second is that of the optimizer's copies, where it is another.
             for field in ("out_sharding", "optimizer_sharding"):
@@ -119,7 +122,9 @@ def init_ring(tree: PyTree, depth: int, dtype: DTypeLike | None = None) -> Ring:
             slots = slots.add_axis(0, {"partition_name": None})
         return slots
 
-    return Ring(jax.tree.map(stack_node, tree, is_leaf=lambda node: hasattr(node, "add_axis")))
+    depths = jax.tree.map(lambda _: depth, tree) if isinstance(depth, int) else depth
+    is_box = lambda node: hasattr(node, "add_axis")  # noqa: E731
+    return Ring(jax.tree.map(stack_node, tree, depths, is_leaf=is_box))
 
 
 def of_shape(function: Callable[[Any], Any], leaf: Any) -> Any:
@@ -156,12 +161,14 @@ def write_slot(ring: Ring, slot: jax.Array | int, tree: PyTree) -> Ring:
     return Ring(jax.tree.unflatten(structure, map(write, leaves, rings)))
 
 
-def read_slot(ring: Ring, slot: jax.Array | int, like: PyTree) -> PyTree:
+def read_slot(
+    ring: Ring, slot: jax.Array | int | Callable[[int], jax.Array | int], like: PyTree
+) -> PyTree:
     """Returns the pytree stored in slot `slot`, with the structure and dtypes of `like`.
 
     Args:
       ring: as `init_ring` returns.
-      slot: int32 scalar, traced or not.
+      slot: int32 scalar, traced or not; or a function to it from a leaf's own depth.
       like: pytree with the leaves of what is stored; None in it gives None.
 
     Raises:
@@ -175,7 +182,7 @@ def read_slot(ring: Ring, slot: jax.Array | int, like: PyTree) -> PyTree:
     def read(leaf: Any, slots: jax.Array) -> jax.Array | None:
         if leaf is None:
             return None
-        index = slot % slots.shape[0]
+        index = (slot(slots.shape[0]) if callable(slot) else slot) % slots.shape[0]
         stored = jax.lax.dynamic_index_in_dim(slots, index, keepdims=False)
         value = _value_dtype(slots, leaf)
         # Only where there are bits to turn back: JAX sends no gradient through this conversion.
@@ -222,26 +229,36 @@ def with_value_dtypes(ring: Ring, tree: PyTree) -> PyTree:
 
 
 def check_ring(
-    ring: Ring, depth: int, owner: str, like: PyTree | None, dtype: DTypeLike | None = None
+    ring: Ring,
+    depth: int | PyTree,
+    owner: str,
+    like: PyTree | None,
+    dtype: DTypeLike | None = None,
+    otherwise: str = (
+        "it is the state of another delay; convert it by asgd_jax.resize_history(state, delay)"
+    ),
 ) -> None:
     """Refuses a ring of another depth than `depth`, or that does not store leaves like these.
 
     Args:
       ring: to be checked.
-      depth: number of slots.
+      depth: number of slots, one for all leaves or a pytree of each one's.
       owner: whose it is, for the message.
       like: the pytree that it stores; None checks the depth only.
       dtype: as given to `init_ring`.
+      otherwise: what one of another depth is, and the remedy.
 
     Raises:
       ValueError: naming the leaf, what it has and what it needs, and the remedy.
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(ring.slots):
-        if leaf.shape[:1] != (depth,):
+    each = jax.tree_util.tree_leaves_with_path(ring.slots)
+    depths = [depth] * len(each) if isinstance(depth, int) else jax.tree.leaves(depth)
+    # Where their numbers differ, the leaves do: told below.
+    for (path, leaf), needed in zip(each, depths, strict=False):
+        if leaf.shape[:1] != (needed,):
             raise ValueError(
                 f"the state of {owner} has {leaf.shape[0] if leaf.ndim else 0} slots for "
-                f"{_name(path)} and its delay needs {depth}: it is the state of another delay; "
-                "convert it by asgd_jax.resize_history(state, delay)"
+                f"{_name(path)} and its delay needs {needed}: {otherwise}"
             )
     if like is None:
         return

@@ -42,12 +42,13 @@ class BlockRounds(NamedTuple):
 
     Attributes:
       init: `init(params) -> RoundState`, in fresh buffers.
-      round: `round(gradient, state, batches, block) -> (state, aux, gradients)`: aux of all
-        workers, and the gradient of every update, stacked, in pieces.
+      round: `round(gradient, state, batches, block, stop) -> (state, aux, gradients)`: aux of all
+        workers, and the gradient of every update, stacked, in pieces. `stop(aux)` may end the
+        round before the block's length: how many updates to make at most.
     """
 
     init: Callable[[PyTree], RoundState]
-    round: Callable[[WorkerGradient, RoundState, PyTree, Block], tuple[RoundState, Any, PyTree]]
+    round: Callable[..., tuple[RoundState, Any, PyTree]]
 
 
 def block_rounds(
@@ -81,7 +82,11 @@ def block_rounds(
         )
 
     def round_fn(
-        gradient: WorkerGradient, state: RoundState, batches: PyTree, block: Block
+        gradient: WorkerGradient,
+        state: RoundState,
+        batches: PyTree,
+        block: Block,
+        stop: Callable[[Any], jax.Array] | None = None,
     ) -> tuple[RoundState, Any, PyTree]:
         pieces = stacked(piece_specs(layout, state.params))
         state = place_server(layout, state)
@@ -111,9 +116,10 @@ def block_rounds(
 
         carry = (state.params, state.inner_state, state.pulled)
         # The bound is the mask: what pads the block is computed and never applied.
-        params, inner_state, ring = jax.lax.fori_loop(0, block.length, update, carry)
+        length = block.length if stop is None else jnp.minimum(block.length, stop(aux))
+        params, inner_state, ring = jax.lax.fori_loop(0, length, update, carry)
         ring = Ring(place(layout, ring.slots, pieces))
-        made = place_server(layout, RoundState(state.count + 1, params, ring, inner_state))
+        made = place_server(layout, RoundState(state.count + length, params, ring, inner_state))
         return made, aux, gradients
 
     return BlockRounds(init_fn, round_fn)
@@ -137,7 +143,7 @@ def recorded_rounds(
 ) -> Rounds:
     """Returns the engine that makes a block of a recorded schedule a round; see `rounds`."""
     updates = blocks.updates(layout.num_devices)
-    num_blocks, num_batches = updates.shape
+    num_batches = updates.shape[1]
     # Versions are told by their age at the block's start; a padded place has that of the last.
     ages = blocks.starts[:, None] - updates + blocks.trace[updates]
     depth = int(ages.max()) + 1
@@ -157,12 +163,23 @@ def recorded_rounds(
                 "the state of rounds of a recorded schedule has no ring of versions: it is the "
                 "state of a number of workers; make it by init(params)"
             )
-        check_ring(state.pulled, depth, f"rounds(..., Blocks of depth {depth})", state.params)
-        number = state.count % num_blocks
-        start = (state.count // num_blocks) * blocks.trace.size + jnp.asarray(blocks.starts)[number]
+        check_ring(
+            state.pulled,
+            depth,
+            f"rounds(..., Blocks of depth {depth})",
+            state.params,
+            otherwise="it is the state of other blocks; go on with those, or make it by "
+            "init(params)",
+        )
+        start, place_in_trace = state.count, state.count % blocks.trace.size
+        number = jnp.searchsorted(jnp.asarray(blocks.starts), place_in_trace, side="right") - 1
+        # The state of another cut may stand within a block, whose batches these are not: of that
+        # nothing can be said under jit, so that its parameters say it.
+        begins = jnp.asarray(blocks.starts)[number] == place_in_trace
         versions = jnp.maximum(start - jnp.asarray(ages, np.int32)[number], 0)
         block = Block(start, jnp.asarray(blocks.lengths)[number], versions)
         state, aux, _ = engine.round(gradient, state, batches, block)
-        return state, aux
+        lost = jax.tree.map(lambda leaf: jnp.where(begins, leaf, jnp.nan), state.params)
+        return state._replace(params=lost), aux
 
     return Rounds(engine.init, round_fn, num_batches)

@@ -12,6 +12,7 @@ from asgd_jax.delays.processes import DelayProcess, as_process
 from asgd_jax.transforms.delay_gradients import DelayGradientsState
 from asgd_jax.transforms.delayed import DelayedState
 from asgd_jax.transforms.history import PyTree, Ring, init_ring, read_slot, resize_ring
+from asgd_jax.transforms.leaf_delays import is_leafwise
 from asgd_jax.transforms.momentum import ShiftedTraceState
 
 
@@ -48,6 +49,11 @@ def resize_history(
     >>> resize_history(state, 8).history.slots.shape
     (8, 2)
     """
+    if is_leafwise(delay) or any(map(_is_by_leaf, jax.tree.leaves(state, is_leaf=_is_kept))):
+        raise ValueError(
+            "resize_history takes one delay for all leaves, and here leaves have delays of their "
+            "own: start again by init(params), with histories full of these parameters"
+        )
     depth = as_process(delay).max_delay
 
     def convert(node: Any) -> Any:
@@ -75,6 +81,17 @@ def resize_history(
 
 def _is_kept(node: Any) -> bool:
     return isinstance(node, (DelayedState, ShiftedTraceState, DelayGradientsState))
+
+
+def _is_by_leaf(node: Any) -> bool:
+    """Whether it is the state of a `delayed` whose leaves have delays of their own."""
+    if not (isinstance(node, DelayedState) and isinstance(node.history, Ring)):
+        return False
+    slots = jax.tree.leaves(
+        node.history.slots, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode)
+    )
+    masked = [leaf for leaf in slots if isinstance(leaf, optax.MaskedNode)]
+    return bool(masked) or len({leaf.shape[0] for leaf in slots}) > 1
 
 
 def _resize_delayed(

@@ -16,19 +16,19 @@ from asgd_jax.transforms.worker_axis import (
     each_worker,
     piece_specs,
     place,
+    refuse_explicit_context,
     shardings,
     state_specs,
 )
 
 WorkerGradient = Callable[[PyTree, PyTree], tuple[PyTree, Any]]
-Predict = Callable[[PyTree, optax.OptState, jax.Array], PyTree]
 
 
 class RoundState(NamedTuple):
     """State of `rounds`.
 
     Attributes:
-      count: int32 scalar, rounds made.
+      count: int32 scalar: rounds made; with a recorded schedule updates made.
       params: the live parameters, in pieces: of each leaf every device has 1/D.
       pulled: what the workers have pulled. Round robin: a stack of the parameter sets that the next
         round's gradients are taken at, in their order, each on its worker's device. A recorded
@@ -98,9 +98,11 @@ def init_rounds(
         optimizer that delays.
     """
     _check_params(layout, params)
+    refuse_explicit_context(layout)
 
     def make(params: PyTree) -> RoundState:
-        inner_state = inner.init(params)
+        # Copied: an optimizer may keep the parameters themselves, which are donated elsewhere.
+        inner_state = jax.tree.map(jnp.copy, inner.init(params))
         if has_history(inner_state):
             raise ValueError(
                 "rounds delays the gradients itself: give it the optimizer that is inside delayed"
@@ -144,6 +146,7 @@ def gradients_of(
       ValueError: for batches without the axis of workers, or gradients unlike the parameters.
     """
     _check_batches(batches, num_batches)
+    refuse_explicit_context(layout)
 
     def checked(params: PyTree, batch: PyTree) -> tuple[PyTree, Any]:
         made = gradient(params, batch)
@@ -153,6 +156,7 @@ def gradients_of(
                 "gradient(params, batch) must return (gradients, aux), gradients like params, got "
                 f"{_structure(made)}: jax.value_and_grad returns (value, gradients), exchange them"
             )
+        _check_shapes(grads, params)
         return grads, aux
 
     return each_worker(layout, checked, pulled, batches)
@@ -160,6 +164,16 @@ def gradients_of(
 
 def _structure(tree: PyTree) -> Any:
     return jax.tree.structure(tree, is_leaf=is_none)
+
+
+def _check_shapes(grads: PyTree, params: PyTree) -> None:
+    pairs = zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(params), strict=False)
+    for (path, leaf), param in pairs:
+        if jnp.shape(leaf) != jnp.shape(param):
+            raise ValueError(
+                f"gradient(params, batch) returned {jax.tree_util.keystr(path) or 'a gradient'} of "
+                f"shape {jnp.shape(leaf)} for a parameter of shape {jnp.shape(param)}"
+            )
 
 
 def _check_batches(batches: PyTree, num_batches: int) -> None:

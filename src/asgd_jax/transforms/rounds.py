@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 
 from asgd_jax.delays.blocks import Blocks
 from asgd_jax.delays.processes import as_integer
+from asgd_jax.predict import Predict
 from asgd_jax.transforms.history import PyTree, Ring
 from asgd_jax.transforms.recorded_rounds import recorded_rounds
 from asgd_jax.transforms.round_server import (
-    Predict,
     Rounds,
     RoundState,
     WorkerGradient,
@@ -53,11 +53,12 @@ def rounds(
     and without communication; then makes the N updates, every device on its piece of the
     parameters and of the optimizer's state; then gives every worker the version that it pulls. To
     and from the pieces is one all-to-all a leaf: in a round a device sends 2 P (D - 1) / D numbers
-    of P parameters, as the all-reduce of synchronous training does. An optimizer that looks at all
-    parameters (a global norm, Muon's products) communicates besides.
+    of P parameters for each of its N / D workers, one all-reduce of synchronous training a worker.
+    An optimizer that looks at all parameters (a global norm, Muon's products) communicates besides.
 
     `inner` sees what it sees in `delayed`: one gradient at a time, live parameters, `staleness=`
-    and `stale_params=`.
+    and `stale_params=`. An optimizer that needs further arguments of `update` (`value=`) is not
+    served.
 
     ```python
     engine = asgd_jax.rounds(optax.sgd(0.01, 0.9), 8, mesh=Mesh(jax.devices(), "workers"))
@@ -67,10 +68,12 @@ def rounds(
         state, losses = step(gradient, state, batches)  # gradient(params, batch) -> (grads, loss)
     ```
 
-    Memory of a device: its workers' parameter sets (donated, never copied), as many gradients and
-    new versions, and 1/D of parameters and optimizer state. On one device: sets and gradients. A
-    leaf is cut along its longest axis that D divides; one without such an axis is kept whole: every
-    device makes all its updates, and receives N gradients of it.
+    Memory of a device, with a worker each: its parameter set (donated, never copied), gradient and
+    new version, and 1/D of parameters and optimizer state; with several, up to one set a worker
+    more, while layouts change. On one device: sets and gradients. With a recorded schedule the
+    versions of the ring come on top. A leaf is cut along its longest axis that D divides; one
+    without such an axis is kept whole: every device makes all its updates, and receives N gradients
+    of it.
 
     A mesh may have further axes. Batches may be divided over one (place them so; gradients are then
     summed over it), and parameters over another (`specs`).
@@ -85,8 +88,10 @@ def rounds(
         schedule (`delays.rounds_of(trace)`), for the trajectory of `delayed(inner,
         delays.from_trace(trace))`. A round is then a block; its batches are those of
         `blocks.updates(D)`, what pads it is computed and not applied, and the versions come from a
-        ring as deep as the blocks need, in pieces.
-      mesh: devices; None for one. Types of its axes do not matter.
+        ring as deep as the blocks need, in pieces. A state goes on under the same blocks only:
+        under others of the same depth its parameters become NaN, unless it stands between two.
+      mesh: devices; None for one. Types of its axes do not matter; within `jax.set_mesh` they must
+        be automatic.
       axis: the mesh axis that workers are divided over.
       predict: `predict(params, inner_state, staleness) -> params`, what a worker gets in the place
         of the live parameters (weight prediction), where `staleness` is that of the gradient that

@@ -75,6 +75,23 @@ def make_layout(mesh: Mesh | None, axis: str, specs: PyTree) -> WorkerLayout:
     return WorkerLayout(automatic, axis, specs)
 
 
+def refuse_explicit_context(layout: WorkerLayout) -> None:
+    """Refuses to work within `jax.set_mesh` of a mesh with axes of another type.
+
+    Raises:
+      ValueError: naming the remedy.
+    """
+    around = jax.sharding.get_abstract_mesh()
+    if layout.mesh is not None and any(kind != AxisType.Auto for kind in around.axis_types):
+        inside = [kind for kind in around.axis_types if kind == AxisType.Explicit]
+        if inside:
+            raise ValueError(
+                f"rounds is used within jax.set_mesh of a mesh whose axes {around.axis_names} are "
+                "Explicit: leave jax.set_mesh out, or make it by jax.make_mesh(..., "
+                "axis_types=(jax.sharding.AxisType.Auto,) * n)"
+            )
+
+
 def whole_specs(layout: WorkerLayout, params: PyTree) -> PyTree:
     """Returns the `PartitionSpec` of every parameter, as a worker sees it."""
     specs = jax.tree.broadcast(layout.specs, params, is_leaf=_is_spec)
