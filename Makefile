@@ -1,11 +1,11 @@
-# make demo | test | test-fast | lint | figures | audit | bench. Each sets up .venv first; PYTHON picks the
+# make demo | test | test-long | test-fast | matrix | lint | figures | audit | bench | docs | dist. Each sets up .venv first; PYTHON picks the
 # interpreter.
 PYTHON ?= python3
 PY := .venv/bin/python
 # The data sets of a checkout's neighbour, unless the user names a folder.
 export TFDS_DATA_DIR ?= $(firstword $(wildcard ../shared/tfds) $(HOME)/tensorflow_datasets)
 
-.PHONY: demo test test-fast lint figures audit bench format clean
+.PHONY: demo test test-long test-fast matrix lint figures audit bench docs dist format clean
 .venv/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --requirement requirements.txt
@@ -16,12 +16,29 @@ demo: .venv/.installed
 	$(PY) -m experiments.demo --out=demo
 
 test: .venv/.installed
-	$(PY) -m pytest -n 2 --dist=worksteal --durations=15
+	$(PY) -m pytest -n 2 --dist=worksteal --durations=15 -m "not long"
+
+# What waits for minutes: Ray notices late that a driver was killed or a node is lost.
+test-long: .venv/.installed
+	$(PY) -m pytest -n 0 -m long tests
 
 # For work on the core: delay, staleness, stability, models. No process, no real data.
 test-fast: .venv/.installed
 	$(PY) -m pytest -n 2 --dist=worksteal -m "not process and not realdata and not slow" \
 		tests/transforms tests/delays tests/stability tests/models
+
+# The core under every supported Python that is installed; VERSIONS="3.12 3.13" for some of them.
+matrix:
+	.ci/matrix $(VERSIONS)
+
+# The site, in site/; runs the tutorials. `make docs ASGD_JAX_DOCS_RUN=0` only shows them.
+docs: .venv/.installed
+	PYTHONPATH=src:. NO_MKDOCS_2_WARNING=1 ASGD_JAX_DOCS_RUN=$(or $(ASGD_JAX_DOCS_RUN),1) $(PY) -m mkdocs build --strict
+
+# The wheel and the sdist, in dist/.
+dist: .venv/.installed
+	rm -rf build dist
+	$(PY) -m build
 
 lint: .venv/.installed
 	$(PY) -m ruff check .
@@ -45,4 +62,4 @@ format: .venv/.installed
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .matrix build dist site demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -24,6 +24,7 @@ ITEMS: dict[str, str] = {
         "streaming": "streaming",
         "growth": "growth",
         "calculator": "calculator",
+        "cluster": "real_workers",
     }.items()
 }
 

@@ -15,12 +15,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from asgd_jax.training.feed import load_dataset
-from asgd_jax.training.sweep import (
-    default_runs_at_once,
-    group_runs,
-    stack_values,
-    sweep,
-)
+from asgd_jax.training.sweep import sweep
+from asgd_jax.training.sweep_groups import default_runs_at_once, group_runs, stack_values
 from asgd_jax.training.sweep_program import compile_runs, make_whole_run, put_samples
 from benchmarks.harness import interleave, ratio, spread
 from benchmarks.report import num_cores

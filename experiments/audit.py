@@ -128,6 +128,8 @@ def _configured(config: Mapping[str, Any], records: pd.DataFrame) -> Iterator[st
     if "digits" in config and "panel" in rows:  # fig. 11's (a), a configuration within another
         yield from _configured(config["digits"], rows[rows.panel == "a"])
         rows = records = rows[rows.panel == "b"]
+    if "series" in rows:
+        rows = rows[rows.series != "pilot"]  # whose seed is beside those that are reported
     for name, column in (("seeds", "seed"), ("delays", "delay")):
         if name in config and column in rows:
             asked, found = set(config[name]), set(rows[column].unique().tolist())

@@ -1,6 +1,6 @@
 """How far what was run is from the paper's setting: read off the two configurations."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from asgd_jax.data import FACTS
@@ -19,18 +19,17 @@ def setting(config: Mapping[str, Any]) -> dict[str, str]:
     """
     train = config.get("train", config.get("start"))
     if train is None:
-        if "measured_delays" in config:
-            return _of_minimum(config)
-        if "layers_per_stage" in config:
-            return _of_stages(config)
-        return _of_tracks(config) if "same_rate_data" in config else {"sort": _NUMERIC}
+        for field, words in _OWN_WORDS.items():
+            if field in config:
+                return words(config)
+        return {"sort": _NUMERIC}
     facts = FACTS[train["dataset"]]
     images = train["num_train"] or facts.num_train
     blocks = train["model_options"].get("stage_sizes")
     found = {
         "model": train["model"] if blocks is None else f"{train['model']} of {list(blocks)} blocks",
         "width": f"width {train['width']:g}",
-        "data": f"{train['dataset']}, {images:,} images",
+        "data": f"{train['dataset']}, {images:,} {'windows' if facts.is_text else 'images'}",
         "epochs": f"{train['epochs']:g} epochs",
         "batch": f"batch {config.get('worker_batch_size', train['worker_batch_size'])} a worker",
         "workers": "" if "start" in config else f"{train['num_workers']} workers",
@@ -97,5 +96,53 @@ def _of_stages(config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def _of_noise(config: Mapping[str, Any]) -> dict[str, str]:
+    """Of mean-square edges at minima."""
+    return {
+        "data": " and ".join(config["measured_on"]),
+        "digits": f"{config['num_train']:,} images of digits",
+        "pairs": f"{config['num_pairs']} eigenvectors",
+        "workers": f"{_listed(config['num_workers'])} workers",
+        "batch": f"batches of {_listed(config['batch_sizes'])}",
+        "seeds": f"{len(config['seeds'])} seeds of digits",
+    }
+
+
+def _of_adam(config: Mapping[str, Any]) -> dict[str, str]:
+    """Of delayed Adam at its edge."""
+    return {
+        "model": f"tanh networks of {_listed(config['num_layers'])} "
+        f"layers, width {config['hidden'][0]}",
+        "data": f"digits, {config['num_train']:,} images, full batch",
+        "delays": f"delays {_listed(config['uniform_delays'])} and a stage a layer",
+        "updates": f"{config['num_steps']:,} updates",
+        "seeds": f"{len(config['seeds'])} seeds",
+    }
+
+
+def _of_real_workers(config: Mapping[str, Any]) -> dict[str, str]:
+    """Of workers that are processes, on digits and MNIST."""
+    epochs = config["mnist_epochs"]
+    return {
+        "digits": f"digits, {config['digits_epochs']} epochs",
+        "mnist": f"MNIST, {config['mnist_samples']:,} images, {epochs} epochs",
+        "model": f"LeNet at width {config['width']:g}",
+        "times": f"a gradient takes {config['seconds']:g} s",
+        "straggler": f"one worker {config['straggler_factor']:g} times as slow",
+        "limit": f"staleness up to {config['max_staleness']}",
+    }
+
+
 def _listed(values: Any) -> str:
     return ", ".join(str(value) for value in values)
+
+
+# By a field that no other figure's configuration has.
+_OWN_WORDS: dict[str, Callable[[Mapping[str, Any]], dict[str, str]]] = {
+    "measured_delays": _of_minimum,
+    "layers_per_stage": _of_stages,
+    "measured_on": _of_noise,
+    "uniform_delays": _of_adam,
+    "same_rate_data": _of_tracks,
+    "straggler_factor": _of_real_workers,
+}

@@ -33,7 +33,10 @@ from experiments.claims import Claim, count_held, verdict
 
 _MODULES = "experiments.figures"
 NUMERIC = ("4", "6", "7", "8", "10")
-TRAINED = ("1", "2", "3", "5", "9", "11", "12", "13", "eos", "mitigations", "stages")
+TRAINED = (
+    *("1", "2", "3", "5", "9", "11", "12", "13"),
+    *("async", "eos", "eos_adam", "mitigations", "noise", "pipeline", "stages"),
+)
 PRESETS = ("smoke", "cpu", "paper")
 _WORK = ".work"
 
@@ -41,9 +44,11 @@ _WORK = ".work"
 def folder_name(figure: str) -> str:
     """Returns what a figure's folder and its module are called.
 
-    >>> folder_name("6"), folder_name("eos")
-    ('fig06', 'eos')
+    >>> folder_name("6"), folder_name("eos"), folder_name("async")
+    ('fig06', 'eos', 'asynchrony')
     """
+    if figure == "async":  # a word of Python's, which names no module
+        return "asynchrony"
     return f"fig{int(figure):02d}" if figure.isdigit() else figure
 
 

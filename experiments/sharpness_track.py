@@ -82,7 +82,7 @@ def make_track(problem: Problem) -> Callable[..., list[Sample]]:
     ) -> list[Sample]:
         if not steps or min(np.diff([-1, *steps])) < 1:
             raise ValueError(f"steps must rise from 0 or more, got {list(steps)}")
-        advance = _make_advance(loss_fn, optimizer)
+        advance = make_full_batch_advance(loss_fn, optimizer)
         params = initial if start is None else start
         state, done, vector = optimizer.init(params), 0, None
         samples = []
@@ -96,10 +96,10 @@ def make_track(problem: Problem) -> Callable[..., list[Sample]]:
     return track
 
 
-def _make_advance(
+def make_full_batch_advance(
     loss_fn: LossFn, tx: optax.GradientTransformation
 ) -> Callable[[Any, Any, Any, int], tuple[Any, Any]]:
-    """`advance(params, state, batch, num_steps)`, compiled once for all numbers of steps."""
+    """Returns `advance(params, state, batch, num_steps)`, compiled once for any number of steps."""
 
     @jax.jit
     def advance(params: Any, state: Any, batch: Any, num_steps: int) -> tuple[Any, Any]:

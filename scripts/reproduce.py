@@ -1,5 +1,6 @@
 """Reproduces figures: python scripts/reproduce.py --figure=N|all --preset=smoke|cpu|paper."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,16 +17,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--figure",
         required=True,
-        metavar="N|eos|mitigations|stages|all",
-        help="of the paper, or beyond it; several with commas",
+        metavar="N|NAME|all",
+        help="of the paper by number, or beyond it by name (eos, stages, ...); several with commas",
     )
     parser.add_argument("--preset", default="cpu", help="smoke, cpu (default) or paper")
     parser.add_argument(
         "--redraw", action="store_true", help="draw and check again what is in --out; train nothing"
     )
     parser.add_argument("--out", default="results", help="default: results")
+    parser.add_argument(
+        "--address",
+        metavar="auto|local|HOST:PORT",
+        help="spread sweeps over a Ray cluster; local: over the cores of this machine",
+    )
     options = parser.parse_args(arguments)
 
+    from asgd_jax.cluster.sweeps import on_cluster
     from asgd_jax.training.command import (
         named_folder,
         run_command,
@@ -41,6 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     use_a_device_a_core()
 
     def make() -> None:
+        with contextlib.ExitStack() as stack:
+            if options.address is not None:
+                stack.enter_context(on_cluster(options.address))
+            make_figures()
+
+    def make_figures() -> None:
         out = named_folder(options.out, "out")
         for figure in figures.figure_names(options.figure):
             if options.redraw:

@@ -92,8 +92,11 @@ def load_config(address: str) -> ConfigDict:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the configuration; returns the exit code, see `exit_code`."""
+    import jax
+
     from asgd_jax.training import train
     from asgd_jax.training.command import exit_code
+    from asgd_jax.training.curves import save_curves
     from asgd_jax.training.mesh import initialize_processes
     from asgd_jax.training.plan import format_plan, make_plan
 
@@ -110,6 +113,8 @@ def main(arguments: Sequence[str]) -> int:
             print(format_plan(config, make_plan(config)))
         else:
             summary = train(config, workdir)
+            if jax.process_index() == 0:
+                save_curves(workdir)
             final = summary["final"]
             print(
                 f"{summary['status']} after {summary['steps']} steps: "

@@ -3,10 +3,15 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Eigenvalues of small matrices; a worker a core leaves a second thread nothing but to spin.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
+import functools
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,7 @@ from jax._src import compiler  # options of every program at once have no public
 jax.config.update(
     "jax_compilation_cache_dir", os.path.join(os.environ["XDG_CACHE_HOME"], "asgd_jax", "compiled")
 )
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # No assertion on time: a loaded machine is no failure.
@@ -31,6 +36,9 @@ hypothesis.settings.register_profile(
     "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("suite")
+
+# Every folder's has this name, and none has doctests to be collected.
+collect_ignore = ["conftest.py"]
 
 STRICT_FOLDERS = ("transforms", "delays", "stability")
 
@@ -41,6 +49,7 @@ UNOPTIMISED = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,  # of tiny programs a split costs more than it saves
 }
 options_of_users = compiler.get_compile_options
 
@@ -59,11 +68,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     compiler.get_compile_options = options_of_users if optimised else options_of_tests
 
 
+# A trace makes millions of objects that reference counts free; looking for cycles among all that
+# JAX, Flax and TensorFlow have loaded would be a tenth of the suite's time.
+gc.set_threshold(200_000, 50, 50)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of every file that imports subprocess, for `make test-fast` to leave out."""
+    """Marks the tests of every file that imports subprocess, for `make test-fast` to leave out, and
+    puts the optimised ones first: what a worker has traced is forgotten once, not at each of them.
+    """
     for item in items:
         if hasattr(getattr(item, "module", None), "subprocess"):
             item.add_marker("process")
+    items.sort(key=lambda item: item.get_closest_marker("optimised") is None)
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +95,32 @@ def _strict_jax(request: pytest.FixtureRequest):
 
 
 @pytest.fixture(scope="session")
-def tfds_data_dir() -> Path:
+def tfds_data_dir() -> Iterator[Path]:
     """The folder with the real data sets; a test that asks for it skips where there is none."""
     folder = Path(os.environ.get("TFDS_DATA_DIR", Path(__file__).parents[2] / "shared" / "tfds"))
     if not (folder / "mnist").is_dir():
         pytest.skip(f"no prepared data sets in {folder}: set TFDS_DATA_DIR")
     os.environ["TFDS_DATA_DIR"] = str(folder)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        _read_once(folder, patch)
+        yield folder
+
+
+def _read_once(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Keeps what is read from this folder, whose images take seconds to decode, for later tests."""
+    from asgd_jax.data import in_memory
+
+    read = in_memory._load_tfds
+
+    @functools.cache
+    def kept(name: str) -> Any:
+        found = read(name, folder)
+        for array in jax.tree.leaves(found):
+            array.flags.writeable = False  # it is every test's
+        return found
+
+    def load(name: str, data_dir: Any) -> Any:
+        here = str(data_dir or os.environ.get("TFDS_DATA_DIR")) == str(folder)
+        return kept(name) if here else read(name, data_dir)
+
+    patch.setattr(in_memory, "_load_tfds", load)

@@ -21,6 +21,7 @@ def imported_by(statement: str) -> set[str]:
 def test_the_core_import_is_light():
     loaded = imported_by("import asgd_jax")
     assert "jax" in loaded
+    assert "asgd_jax.flax" not in loaded
     assert loaded.isdisjoint(HEAVY)
 
 

@@ -25,13 +25,40 @@ from asgd_jax.training.folder.table import Record, holds_fingerprint
 from asgd_jax.training.program import make_model
 from asgd_jax.training.state import PyTree
 from asgd_jax.training.step import cross_entropy
-from asgd_jax.training.sweep import Point, sweep, train_params
+from asgd_jax.training.sweep import Point, point_config, sweep
+from asgd_jax.training.sweep_groups import train_params
 from experiments.along import batch_mean
-from experiments.edges.leaving import E_FOLDS, bracket, e_fold, has_left, next_index
+from experiments.edges.leaving import (
+    E_FOLDS,
+    bracket,
+    e_fold,
+    has_left,
+    most_loss,
+    next_index,
+)
 
-RESOLUTION = 0.08  # learning rates lie on a geometric grid of this step, as in the paper
-_ROWS = 48  # measurements of a run: four in the growth time of one grid step above the edge
-_STRIDE = 8  # grid steps by which the search goes until it is past the edge
+_ROWS = 48  # measurements of a run: four or more in the growth time of a grid step above the edge
+_STRIDE = math.log(1.8)  # of a learning rate: so far the search goes until it is past the edge
+
+
+class Grid(NamedTuple):
+    """Which learning rates are run, and for how long.
+
+    Attributes:
+      resolution: they lie on a geometric grid of this step; 8 % in the paper.
+      e_folds: of growth one step above the edge, for which a run has time.
+      above: further rates to run, in steps above the smallest that left; these runs go on after
+        they have left.
+      above_seeds: for how many of the first seeds.
+    """
+
+    resolution: float = 0.08
+    e_folds: int = E_FOLDS
+    above: tuple[int, ...] = ()
+    above_seeds: int = 1
+
+
+_Pair = tuple[int, int]  # delay, seed
 
 
 class Start(NamedTuple):
@@ -68,10 +95,15 @@ def reach_minimum(config: ConfigDict, work: Path) -> Start:
     )
     if not math.isfinite(loss):
         raise ValueError(f"S-SGD diverged at learning rate {config.learning_rate}: lower it")
-    smoothed = partial(cross_entropy, smoothing=config.label_smoothing)
-    loss_fn = batch_mean(config, dataset, smoothed)
+    loss_fn = loss_at_minimum(config, dataset)
     top = curvature.sharpness(loss_fn, params, batches, tol=1e-3)
     return Start(params, loss, float(top.value), error)
+
+
+def loss_at_minimum(config: ConfigDict, dataset: Dataset) -> curvature.LossFn:
+    """Returns the loss that is trained, of (raw images, labels), in evaluation mode."""
+    smoothed = partial(cross_entropy, smoothing=config.label_smoothing)
+    return batch_mean(config, dataset, smoothed)
 
 
 def _trained(config: ConfigDict, dataset: Dataset, file: Path) -> PyTree:
@@ -113,24 +145,25 @@ def _training_batches(config: ConfigDict, dataset: Dataset) -> list[tuple[Any, A
     return [(images[k : k + size], labels[k : k + size]) for k in range(0, len(labels), size)]
 
 
-def grid_rate(sharpness: float, index: int) -> float:
+def grid_rate(sharpness: float, index: int, resolution: float) -> float:
     """Returns a learning rate of the grid: 2 / sharpness, S-SGD's edge, has index 0.
 
-    >>> grid_rate(2.0, 0), grid_rate(2.0, 1)
+    >>> grid_rate(2.0, 0, 0.08), grid_rate(2.0, 1, 0.08)
     (1.0, 1.08)
     """
-    return float(f"{2.0 / sharpness * (1.0 + RESOLUTION) ** index:.6g}")
+    return float(f"{2.0 / sharpness * (1.0 + resolution) ** index:.6g}")
 
 
-def num_epochs(delay: int, steps_per_epoch: int) -> tuple[int, int]:
+def num_epochs(delay: int, steps_per_epoch: int, grid: Grid) -> tuple[int, int]:
     """Returns the epochs of a run at a delay, and those between two of its measurements.
 
-    Together they leave time for twelve e-folds of growth one grid step above the edge.
+    Together they leave time for the grid's e-folds of growth one step above the edge.
 
-    >>> num_epochs(0, steps_per_epoch=8)
+    >>> num_epochs(0, 8, Grid())
     (48, 1)
     """
-    between = math.ceil(E_FOLDS * e_fold(delay, RESOLUTION) / (_ROWS * steps_per_epoch))
+    growth = grid.e_folds * e_fold(delay, grid.resolution)
+    between = math.ceil(growth / (_ROWS * steps_per_epoch))
     return _ROWS * between, between
 
 
@@ -140,13 +173,13 @@ def find_edges(
     delays: Sequence[int],
     seeds: Sequence[int],
     work: Path,
-    *,
-    above: Sequence[int] = (),
+    grid: Grid,
 ) -> list[Record]:
     """Searches, for each delay and seed, the two neighbouring rates of which one stays, one leaves.
 
-    From S-SGD's edge it goes eight grid steps at a time until it is past this one, then bisects:
-    the prediction is not used. All runs of a round are one sweep.
+    From S-SGD's edge it goes by factors of about 1.8 until it is past this one, then bisects: the
+    prediction is not used. All runs of a round are one sweep; they end when they have left for
+    good, those of `grid.above` go on.
 
     Args:
       config: of the runs, one worker's batch an update; delay + 1 workers each.
@@ -154,53 +187,75 @@ def find_edges(
       delays: to measure at.
       seeds: of the order of the samples.
       work: folder that keeps finished runs.
-      above: further rates to run, in grid steps above the smallest that left.
+      grid: of the learning rates.
 
     Returns:
-      The records of `sweep` with the columns left (0 or 1), index (of the rate) and, the same in
-      every row: minimum_loss, minimum_error and sharpness.
+      The records of `sweep` with the columns left (0 or 1), index (of the rate), end_sharpness
+      (where the first seed's smallest rate that left ended, else NaN) and, the same in every row:
+      minimum_loss, minimum_error and sharpness.
 
     Raises:
       ValueError: when every rate leaves, or every one stays.
     """
     pairs = [(delay, seed) for delay in delays for seed in seeds]
-    found: dict[tuple[int, int], dict[int, list[Record]]] = {pair: {} for pair in pairs}
+    found: dict[_Pair, dict[int, list[Record]]] = {pair: {} for pair in pairs}
     steps = len(load_dataset(config).train_labels) // config.worker_batch_size
 
-    def run(wanted: Sequence[tuple[tuple[int, int], int]]) -> None:
-        points = [_point(start, steps, pair, index) for pair, index in wanted]
-        # A finite one, so that the loss is measured: runs go on after they have left.
+    def run(wanted: Sequence[tuple[_Pair, int]], folder: str, leave_loss: float) -> None:
+        points = [_point(start, steps, pair, index, grid) for pair, index in wanted]
         rows = sweep(
-            config,
-            points,
-            work=work,
-            initial=start.params,
-            leave_loss=config.divergence_loss,
+            config, points, work=work / folder, initial=start.params, leave_loss=leave_loss
         )
         for point, (pair, index) in zip(points, wanted, strict=True):
             mine = [row for row in rows if all(row[name] == point[name] for name in point)]
             found[pair][index] = mine
 
-    def left(pair: tuple[int, int]) -> dict[int, bool]:
+    def left(pair: _Pair) -> dict[int, bool]:
         runs = found[pair].items()
         return {index: has_left(rows, start.loss, start.error) for index, rows in runs}
 
+    stride = max(1, round(_STRIDE / math.log1p(grid.resolution)))
     while wanted := [
-        (pair, index) for pair in pairs if (index := next_index(left(pair), _STRIDE)) is not None
+        (pair, index) for pair in pairs if (index := next_index(left(pair), stride)) is not None
     ]:
-        run(wanted)
-    extra = [
-        (pair, index)
-        for pair in pairs
-        for index in ((bracket(left(pair))[1] or 0) + offset for offset in above)
-        if index not in found[pair]
+        run(wanted, "search", most_loss(start.loss))
+    first = [
+        ((delay, seed), upper)
+        for delay in delays
+        for seed in seeds[: grid.above_seeds]
+        if (upper := bracket(left((delay, seed)))[1]) is not None
     ]
-    if extra:
-        run(extra)
-    return [row for pair in pairs for row in _marked(found[pair], start)]
+    if grid.above:
+        # A finite one, so that the loss is measured: these runs go on after they have left.
+        above = [(pair, upper + offset) for pair, upper in first for offset in (0, *grid.above)]
+        run(above, "above", config.divergence_loss)
+    points = {pair: _point(start, steps, pair, upper, grid) for pair, upper in first}
+    ends = {
+        (pair, upper): _end_sharpness(config, points[pair], start)
+        for pair, upper in first
+        if grid.above
+    }
+    return [row for pair in pairs for row in _marked(pair, found[pair], start, ends)]
 
 
-def _marked(runs: dict[int, list[Record]], start: Start) -> list[Record]:
+def _end_sharpness(config: ConfigDict, point: Point, start: Start) -> float:
+    """Sharpness where a run ends that has left: it is made once more, and measured; NaN of none."""
+    config = point_config(config, point)
+    dataset = load_dataset(config)
+    params = jax.device_get(train_params(config, dataset, start.params))
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+        return math.nan
+    batches = _training_batches(config, dataset)
+    top = curvature.sharpness(loss_at_minimum(config, dataset), params, batches, tol=1e-2)
+    return float(top.value)
+
+
+def _marked(
+    pair: _Pair,
+    runs: dict[int, list[Record]],
+    start: Start,
+    ends: dict[tuple[_Pair, int], float],
+) -> list[Record]:
     """The rows of runs, in the order of their indices, with what became of each run."""
     same = {
         "minimum_loss": start.loss,
@@ -208,19 +263,25 @@ def _marked(runs: dict[int, list[Record]], start: Start) -> list[Record]:
         "sharpness": start.sharpness,
     }
     return [
-        {**row, "index": index, "left": int(has_left(rows, start.loss, start.error)), **same}
+        {
+            **row,
+            "index": index,
+            "left": int(has_left(rows, start.loss, start.error)),
+            "end_sharpness": ends.get((pair, index), math.nan),
+            **same,
+        }
         for index, rows in sorted(runs.items())
         for row in rows
     ]
 
 
-def _point(start: Start, steps: int, pair: tuple[int, int], index: int) -> Point:
+def _point(start: Start, steps: int, pair: _Pair, index: int, grid: Grid) -> Point:
     delay, seed = pair
-    epochs, between = num_epochs(delay, steps)
+    epochs, between = num_epochs(delay, steps, grid)
     return {
         "delay": delay,
         "num_workers": delay + 1,
-        "learning_rate": grid_rate(start.sharpness, index),
+        "learning_rate": grid_rate(start.sharpness, index, grid.resolution),
         "seed": seed,
         "epochs": epochs,
         "eval_every_epochs": between,

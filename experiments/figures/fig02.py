@@ -26,7 +26,7 @@ from experiments.claims import (
 from experiments.edges.fullbatch import measure_max_learning_rate
 from experiments.edges.judge import brackets, by_delay, judge_runs
 from experiments.edges.leaving import ERROR_LEVEL, LOSS_FACTOR
-from experiments.edges.minibatch import find_edges, reach_minimum
+from experiments.edges.minibatch import Grid, find_edges, reach_minimum
 from experiments.edges.minimum import digits_problem, find_minimum
 from experiments.figures.training_runs import select, with_overrides
 
@@ -56,9 +56,15 @@ def _preset(
     full_batch_delays: Sequence[int],
     *,
     worker_batch_size: int,
+    resolution: float = 0.08,
+    pilot_seeds: Sequence[int] = (),
     **overrides: Any,
 ) -> ConfigDict:
-    """Overrides are of S-SGD's run to the minimum; each A-SGD update has one worker's batch."""
+    """Overrides are of S-SGD's run to the minimum; each A-SGD update has one worker's batch.
+
+    Rates lie `resolution` apart. Of the pilots' runs every one that left had done so within 6.2
+    e-folds of growth at its own rate; here all have time for eight one step above the edge.
+    """
     return ConfigDict(
         {
             "start": with_overrides(cifar10_vgg11.get_config(), **overrides),
@@ -66,7 +72,12 @@ def _preset(
             "delays": tuple(delays),
             "full_batch_delays": tuple(full_batch_delays),
             "seeds": tuple(seeds),
-            "above": (1, 2, 4, 8, 16),  # further rates, in 8 % steps above the first that left
+            "pilot_seeds": tuple(pilot_seeds),  # run before, to find the settings
+            "resolution": resolution,
+            "e_folds": 8,
+            # Further rates, in steps above the first that left; for so many of the first seeds.
+            "above": (1, 4, 8),
+            "above_seeds": 1,
         }
     )
 
@@ -94,9 +105,17 @@ _DELAYS = (1, 2, 4, 8, 16, 32)
 PRESETS = {
     "smoke": _preset((1, 2, 4), (0,), (1,), worker_batch_size=64, **_SMALL, **_DIGITS, epochs=30),
     "cpu": _preset(
-        _DELAYS, (0, 1), _DELAYS[:-1], worker_batch_size=32, **_SMALL, **_CIFAR, epochs=120
+        _DELAYS,
+        range(2, 7),
+        _DELAYS[:-1],
+        pilot_seeds=(0, 1),
+        worker_batch_size=32,
+        resolution=0.04,
+        **_SMALL,
+        **_CIFAR,
+        epochs=120,
     ),
-    "paper": _preset((1, 3, 7, 15, 31), (0, 1, 2), _DELAYS, worker_batch_size=128),
+    "paper": _preset((1, 3, 7, 15, 31), range(5), _DELAYS, worker_batch_size=128, resolution=0.04),
 }
 
 
@@ -107,9 +126,8 @@ def run(config: ConfigDict, work: Path) -> list[Record]:
     branch = config.start.copy_and_resolve_references()
     branch.worker_batch_size = config.worker_batch_size
     branch.augment = False  # the minimum is one of fixed images
-    edges = find_edges(
-        branch, start, config.delays, config.seeds, folder / "runs", above=config.above
-    )
+    grid = Grid(config.resolution, config.e_folds, tuple(config.above), config.above_seeds)
+    edges = find_edges(branch, start, config.delays, config.seeds, folder / "runs", grid)
     mini = pd.DataFrame(edges)
     mini.insert(0, "series", MINI_BATCH)
     mini["start_learning_rate"] = float(config.start.learning_rate)
@@ -151,6 +169,22 @@ def notes(records: pd.DataFrame) -> dict[str, Any]:
         "stayed_by_rule_before": int((runs.left_for_good == 0).sum()),
         "predicted_slope": fit_line([*predicted.index], 1.0 / predicted).slope,
         "readings": readings,
+        **_flattened(records),
+    }
+
+
+def _flattened(records: pd.DataFrame) -> dict[str, Any]:
+    """How sharp it is where the smallest rate that left has ended; nothing of older tables."""
+    if "end_sharpness" not in records:
+        return {}
+    ended = select(records, series=MINI_BATCH).dropna(subset="end_sharpness")
+    ended = ended.drop_duplicates(["delay", "seed", "index"])
+    limits = [stability.max_learning_rate(int(delay)) for delay in ended.delay]
+    ratios = (ended.end_sharpness * ended.learning_rate / limits).groupby(ended.delay).mean()
+    return {
+        "sharpness at the end of the smallest rate that left, over h*/rate": {
+            str(delay): float(ratio) for delay, ratio in ratios.items()
+        }
     }
 
 
@@ -171,6 +205,7 @@ def _full_batch(delays: Sequence[int], columns: Sequence[str]) -> list[Record]:
             "predicted": found.predicted,
             "lower": found.lower,
             "upper": found.upper,
+            "end_sharpness": np.nan,
         }
         rows.append(row)
     return rows

@@ -15,7 +15,8 @@ import optax
 import pandas as pd
 
 import asgd_jax
-from asgd_jax import compensate, predict, stability
+from asgd_jax import predict, stability
+from asgd_jax.stability.mitigations import held_state, mitigation, predicted_sgd
 from asgd_jax.training.folder.table import Record, add_runs, open_table, run_key
 from asgd_jax.transforms import delayed_sgd
 from experiments import style
@@ -25,7 +26,8 @@ from experiments.edges.minimum import digits_problem, find_minimum
 
 CAPTION = (
     "Of what is done against staleness, scaling gradients by it is another learning rate, "
-    "correcting them to second order changes no threshold, predicting the parameters from the "
+    "correcting them to second order changes no threshold, correcting them by a held curvature "
+    "undoes the delay, predicting the parameters from the "
     "momentum buys back what momentum costs, and repeating the last update costs more; a real "
     "minimum is left where the linearised code says."
 )
@@ -34,6 +36,7 @@ UNMITIGATED, DAMPED_MOMENTUM = "no mitigation", "damped momentum .9"
 SCALING, POWER = "gradient / staleness", "gradient / sqrt(1 + staleness)"
 DC_ASGD, PREDICTED = "DC-ASGD", "damped momentum .9, predicted"
 NESTEROV, REPEATED = "damped Nesterov .99", "last update repeated"
+DC_EMA = "DC-EMA, lambda v = a / 2"
 SHIFTED_MOMENTUM = "shifted momentum .9"
 COMPUTED, MEASURED = "computed", "measured"  # the column series
 
@@ -60,13 +63,11 @@ _DECAY = 0.9
 
 
 def _damped(rate: Any) -> optax.GradientTransformation:
-    # As a trace, whose velocity prediction reads; the rate carries the damping.
     return optax.sgd((1.0 - _DECAY) * rate, momentum=_DECAY)
 
 
 def _predicted(rate: Any, delay: int) -> optax.GradientTransformation:
-    foresee = predict.momentum((1.0 - _DECAY) * rate, decay=_DECAY)
-    return asgd_jax.delayed(_damped(rate), delay, predict=foresee)
+    return predicted_sgd(rate, delay, momentum=_DECAY, dampening=True)
 
 
 def _repeated(rate: Any, delay: int) -> optax.GradientTransformation:
@@ -74,25 +75,28 @@ def _repeated(rate: Any, delay: int) -> optax.GradientTransformation:
     return asgd_jax.delayed(inner, delay, predict=predict.last_update())
 
 
-def _after(transform: Callable[[], optax.GradientTransformation]) -> Callable[..., Any]:
+def _with(name: str) -> Callable[[Any, int], optax.GradientTransformation]:
     def make(rate: Any, delay: int) -> optax.GradientTransformation:
-        return asgd_jax.delayed(optax.chain(transform(), optax.sgd(rate)), delay)
+        return asgd_jax.delayed(optax.chain(mitigation(name, rate, delay), optax.sgd(rate)), delay)
 
     return make
 
 
 METHODS: dict[str, Callable[[Any, int], optax.GradientTransformation]] = {
     UNMITIGATED: lambda rate, delay: delayed_sgd(rate, delay),
-    SCALING: _after(compensate.staleness_scaling),
-    POWER: _after(compensate.power_scaling),
-    DC_ASGD: _after(compensate.dc_asgd),
+    SCALING: _with("staleness-scaling"),
+    POWER: _with("power"),
+    DC_ASGD: _with("dc-asgd"),
+    DC_EMA: _with("dc-ema"),
     DAMPED_MOMENTUM: lambda rate, delay: asgd_jax.delayed(_damped(rate), delay),
     PREDICTED: _predicted,
     SHIFTED_MOMENTUM: lambda rate, delay: delayed_sgd(rate, delay, momentum=_DECAY, kind="shifted"),
     NESTEROV: lambda rate, delay: delayed_sgd(rate, delay, momentum=0.99, kind="nesterov"),
     REPEATED: _repeated,
 }
-_COLOURS = dict(zip(METHODS, (*style.COLOURS, style.BLACK, "0.5", "#8B4513"), strict=True))
+_COLOURS = dict(
+    zip(METHODS, (*style.COLOURS, style.BLACK, "0.5", "#8B4513", "#4B0082"), strict=True)
+)
 
 
 def run(config: Config, work: Path) -> list[Record]:
@@ -121,7 +125,8 @@ def _edge(method: str, delay: int, found: Any) -> Record:
     def make(rate: Any) -> optax.GradientTransformation:
         return METHODS[method](rate, delay)
 
-    computed = stability.optimizer_max_learning_rate(make, 0)
+    held = held_state("dc-ema", make(1.0), 1.0) if method == DC_EMA else None
+    computed = stability.optimizer_max_learning_rate(make, 0, optimizer_state=held)
     row = {"threshold": computed, "plain": stability.max_learning_rate(delay)}
     if found is None:
         return {**row, "measured": math.nan, "sharpness": math.nan}
@@ -164,6 +169,11 @@ def claims(records: pd.DataFrame) -> list[Claim]:
         at_most(
             "DC-ASGD changes no threshold: gain, furthest from 1",
             float(np.max(np.abs(at(DC_ASGD).gain - 1.0))),
+            1e-3,
+        ),
+        at_most(
+            "DC-EMA at half the curvature: threshold of h, furthest from the 2 of no delay",
+            float(np.max(np.abs(at(DC_EMA).threshold - 2.0))),
             1e-3,
         ),
         near(

@@ -93,7 +93,7 @@ def _minimum(config: Config, layers: int, seed: int) -> tuple[Any, Any]:
     return problem, find_minimum(*problem, optax.sgd(0.05, momentum=0.98), max_steps=200_000)
 
 
-def stage_delays(params: Any, layers: int, layers_per_stage: int) -> Any:
+def delays_by_layer(params: Any, layers: int, layers_per_stage: int) -> Any:
     """Returns each leaf's delay: consecutive layers in stages, the first one the oldest."""
     names = sorted(params, key=_layer)
     profile = delays.pipeline(-(-layers // layers_per_stage))
@@ -109,7 +109,7 @@ def _layer(name: str) -> tuple[bool, int]:
 
 def _edge(problem: Any, minimum: Any, num_pairs: int, layers: int, width: int) -> Record:
     """Predicted and measured edge of a pipeline, and the guesses that ignore the layers."""
-    ages = stage_delays(minimum.params, layers, width)
+    ages = delays_by_layer(minimum.params, layers, width)
     top = curvature.eigenpairs(
         problem.loss_fn, minimum.params, problem.batches, num_pairs, tol=1e-4
     )

@@ -9,21 +9,27 @@ from asgd_jax.delays import Blocks, DelayProcess
 from asgd_jax.transforms import (
     DelayedState,
     DelayGradientsState,
+    DelayMetrics,
     Rounds,
     RoundState,
     ShiftedTraceState,
     delay_gradients,
     delayed,
+    metrics,
     resize_history,
     rounds,
     shifted_sgd,
     shifted_trace,
     stale_params,
+    value_and_grad,
 )
+
+__version__ = "0.2.0"
 
 __all__ = [
     "Blocks",
     "DelayGradientsState",
+    "DelayMetrics",
     "DelayProcess",
     "DelayedState",
     "RoundState",
@@ -34,6 +40,7 @@ __all__ = [
     "delay_gradients",
     "delayed",
     "delays",
+    "metrics",
     "predict",
     "resize_history",
     "rounds",
@@ -41,4 +48,5 @@ __all__ = [
     "shifted_trace",
     "stability",
     "stale_params",
+    "value_and_grad",
 ]

@@ -29,7 +29,8 @@ def momentum(
     it.
 
     Args:
-      learning_rate: of the optimizer; None reads the one that `optax.inject_hyperparams` keeps.
+      learning_rate: of the optimizer; None reads the one that `optax.inject_hyperparams` keeps, of
+        a schedule that of the last update.
       decay: m in [0, 1), the optimizer's momentum.
       nesterov: whether it is Nesterov's.
 
@@ -91,8 +92,14 @@ def adamw(
       on commodity hardware with automatic pipeline model parallelism" (FTPipe), USENIX ATC 2021.
     """
 
+    for name, value in (("b1", b1), ("b2", b2)):
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{name} must be in [0, 1), the optimizer's, got {value!r}")
+
     def predict(params: PyTree, inner_state: optax.OptState, staleness: Any) -> PyTree:
         kind = "optax.adam or optax.adamw"
+        if list(optax.tree.get_all_with_path(inner_state, "nu_max")):
+            raise ValueError(f"prediction is of {kind}, and this optimizer is an AMSGrad")
         first, second = (_only(inner_state, name, kind) for name in ("mu", "nu"))
         count = _beside(inner_state, "mu", "count").astype(jnp.float32)
         rate = _rate(inner_state, learning_rate)
@@ -191,6 +198,22 @@ def _beside(state: optax.OptState, name: str, wanted: str) -> jax.Array:
 
 
 def _rate(state: optax.OptState, learning_rate: float | None) -> Any:
+    if callable(learning_rate):
+        raise ValueError(
+            "prediction takes a number for learning_rate, got a schedule: wrap the optimizer in "
+            "optax.inject_hyperparams and leave learning_rate out"
+        )
     if learning_rate is not None:
         return learning_rate
-    return _only(state, "learning_rate", "optax.inject_hyperparams (or pass learning_rate=)")
+    # A schedule has a state of the same name; what it gave the last update is among the numbers.
+    found = [
+        value
+        for path, value in optax.tree.get_all_with_path(state, "learning_rate")
+        if not any(getattr(key, "name", "") == "hyperparams_states" for key in path)
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            "prediction needs the one `learning_rate` of optax.inject_hyperparams in the "
+            f"optimizer's state, which has {len(found)}: or pass learning_rate="
+        )
+    return found[0]

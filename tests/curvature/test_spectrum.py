@@ -172,3 +172,20 @@ def test_bad_input_is_one_line(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call(loss, params, batches)
     assert "\n" not in str(error.value)
+
+
+def test_the_preconditioner_is_what_the_last_step_divided_by():
+    """Of AMSGrad the largest moment; of optimizers that divide by something else nothing."""
+    params = jnp.ones(2)
+    gradients = [jnp.array([10.0, -1.0])] * 3 + [jnp.array([0.1, 0.1])] * 20
+    for tx in (optax.adam(1.0, eps=0.0), optax.amsgrad(1.0, eps=0.0)):
+        state = tx.init(params)
+        for gradient in gradients:
+            updates, state = tx.update(gradient, state, params)
+        mu = state[0].mu / (1.0 - 0.9 ** len(gradients))
+        diagonal = curvature.adam_preconditioner(state, eps=0.0)
+        np.testing.assert_allclose(-mu / updates, diagonal, rtol=1e-4)
+    for tx in (optax.rmsprop(optax.constant_schedule(0.1)), optax.adabelief(0.1)):
+        _, state = tx.update(params, tx.init(params), params)
+        with pytest.raises(ValueError, match="is no Adam's: it divides by something else"):
+            curvature.adam_preconditioner(state)

@@ -206,3 +206,26 @@ def test_whole_numbers_only(value):
 def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_below_is_the_conditional_distribution():
+    process = delays.below(delays.categorical([0.1, 0.2, 0.3, 0.4]), 3)
+    assert process.max_delay == 2
+    np.testing.assert_allclose(process.pmf, np.array([1, 2, 3]) / 6)
+    assert_frequencies(process)
+    np.testing.assert_array_equal(delays.below(2, 3).pmf, [0, 0, 1])  # nothing is that old
+    assert delays.below(delays.uniform(1, 8), 6).max_delay == 5
+
+
+@pytest.mark.parametrize(
+    ("process", "limit", "message"),
+    [
+        (delays.uniform(2, 4), 2, r"limit=2 leaves nothing .* smallest staleness is 2"),
+        (3, 0, r"limit=0 leaves nothing .* smallest staleness is 3"),
+        (delays.from_trace([0, 4]), 3, r"no distribution .*from_trace\(trace\[trace < 3\]\)"),
+        (3, 1.5, r"limit must be an integer >= 0, got 1.5"),
+    ],
+)
+def test_below_refuses(process, limit, message):
+    with pytest.raises(ValueError, match=message):
+        delays.below(process, limit)

@@ -179,10 +179,37 @@ FAILING = {
     "mitigations": {
         "gradient / staleness": scale("threshold", 1.1, method=mitigations.SCALING),
         "DC-ASGD": scale("threshold", 1.1, method=mitigations.DC_ASGD),
+        "DC-EMA": scale("threshold", 1.1, method=mitigations.DC_EMA),
         "shifted momentum's gain": scale("threshold", 1.1, method=mitigations.SHIFTED_MOMENTUM),
         "gain of damped": scale("threshold", 1.5, method=mitigations.DAMPED_MOMENTUM),
         "last update": scale("threshold", 10.0, method=mitigations.REPEATED),
         "a real minimum": scale("measured", 1.2, series="measured"),
+    },
+    "eos_adam": {
+        "begins below|over the largest stable one": scale("ratio", 4.0),
+        "oldest stage's delay": scale("by_oldest", 0.1),
+    },
+    "noise": {
+        "furthest of": put("share", lambda rows: 1.0 - 2.0 * (1.0 - rows.share), series="edge"),
+        "log-log slope": put("share", lambda rows: 1.0 - (1.0 - rows.share) ** 0.5, series="edge"),
+        "below the edge|above the edge": scale("growth", -1.0, series="growth"),
+    },
+    "pipeline": {
+        "pipeline's profile": put("validation_loss", 9.0, profile="pipeline"),
+        "whose limit is the lower one": put("validation_loss", 9.0, method="prediction"),
+        "best learning rate without": put(
+            "validation_loss", 0.0, profile="uniform", method="adamw", learning_rate=0.01
+        ),
+    },
+    "async": {
+        "equal bits": put("value", 0.0, kind="equal bits"),
+        "relative difference of train loss": scale("value", 1.1, source="replay"),
+        "mean staleness": scale("at", 2.0, kind="staleness", source="measured"),
+        "distance of measured": put(
+            "at", lambda rows: rows["at"] + 1, kind="staleness", source="measured"
+        ),
+        "largest staleness where|where it is dropped": put("value", 9.0, kind="largest staleness"),
+        "time of waiting": scale("value", 0.1, kind="seconds", policy="wait"),
     },
     "13": {"distance of the best rate": below_the_others("validation_error")},
     "eos": {

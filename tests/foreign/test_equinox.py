@@ -90,6 +90,16 @@ def test_the_optimizer_sees_what_is_trained():
     held.check_trajectory(inner, lambda params, step: gradient(whole(params), batch(step)))
 
 
+def test_a_whole_model_is_measured_by_its_arrays():
+    tx = asgd_jax.delayed(optax.sgd(0.3), DELAY)
+    state = tx.init(arrays(MODEL))
+    _, state = tx.update(jax.tree.map(jnp.ones_like, arrays(MODEL)), state, arrays(MODEL))
+    moved = jax.tree.map(lambda leaf: 2 * leaf if eqx.is_array(leaf) else leaf, MODEL)
+    measured = asgd_jax.metrics(state, moved)
+    norm = np.sqrt(sum(np.sum(leaf**2) for leaf in jax.tree.leaves(arrays(MODEL))))
+    np.testing.assert_allclose(measured, [1, 2 * norm, norm, 0.5], rtol=1e-5)
+
+
 def test_gradients_in_a_queue():
     tx = asgd_jax.delay_gradients(DELAY)
     state, seen, update = tx.init(arrays(MODEL)), [], eqx.filter_jit(tx.update)

@@ -465,3 +465,20 @@ def test_refused(message):
 def test_refused_learning_rate():
     with pytest.raises(ValueError, match="learning_rate must be a finite number > 0, got -1"):
         radius(optax.sgd, 1, learning_rate=-1.0)
+
+
+@pytest.mark.standard_promotion
+def test_adam_s_prediction_at_a_held_state_is_that_of_its_momentum():
+    """An optimizer that delays by itself is held like others; structures are compared as text."""
+
+    def adam(rate):
+        return asgd_jax.delayed(optax.adam(rate), 7, predict=asgd_jax.predict.adamw(rate))
+
+    def heavy_ball(rate):
+        ahead = asgd_jax.predict.momentum(0.1 * rate, decay=0.9)
+        return asgd_jax.delayed(optax.sgd(0.1 * rate, momentum=0.9), 7, predict=ahead)
+
+    state = optax.tree.set(adam(1.0).init(jnp.zeros(())), nu=jnp.array(1.0))
+    held = stability.optimizer_max_learning_rate(adam, 0, optimizer_state=state)
+    expected = stability.optimizer_max_learning_rate(heavy_ball, 0)
+    assert held == pytest.approx(expected, rel=1e-4)  # the bias of early updates is not gone

@@ -131,22 +131,28 @@ REFUSED = {
 }
 
 
-def run(optimizer, num_updates, extra_args, sharpness=2.0, start=1e-5):
-    """The real optimizer on sharpness x^2 / 2: |x| after each update, gradients one update old."""
-    first = optimizer.init(ZERO)
-    params = jnp.asarray(start)
-    if isinstance(first, optax.LookaheadState):
-        params = optax.LookaheadParams.init_synced(params)
+def runs(make, rates, num_updates, extra_args, sharpness=2.0, start=1e-5):
+    """The real optimizer on sharpness x^2 / 2: |x| after each update, gradients one update old.
 
-    def step(carry, _):
-        params, before, state = carry
-        x = jax.tree.leaves(params)[0]
-        updates, state = update(sharpness * before, state, params, **extra_args)
-        return (optax.apply_updates(params, updates), x, state), abs(x)
+    Compiled once for all the rates.
+    """
 
-    update = optax.with_extra_args_support(optimizer).update
-    carry = params, jnp.asarray(start), optimizer.init(params)
-    return np.asarray(jax.jit(lambda c: jax.lax.scan(step, c, length=num_updates)[1])(carry))
+    def run(rate):
+        def step(carry, _):
+            params, before, state = carry
+            x = jax.tree.leaves(params)[0]
+            updates, state = update(sharpness * before, state, params, **extra_args)
+            return (optax.apply_updates(params, updates), x, state), abs(x)
+
+        optimizer = make(rate)
+        update = optax.with_extra_args_support(optimizer).update
+        params = jnp.asarray(start)
+        if isinstance(optimizer.init(ZERO), optax.LookaheadState):
+            params = optax.LookaheadParams.init_synced(params)
+        carry = params, jnp.asarray(start), optimizer.init(params)
+        return jax.lax.scan(step, carry, length=num_updates)[1]
+
+    return map(np.asarray, map(jax.jit(run), rates))
 
 
 def test_every_optimizer_is_judged():
@@ -162,8 +168,10 @@ def test_a_threshold_is_where_the_optimizer_itself_diverges(name):
     rate = max_rate(OPTIMIZERS[name], 1, sharpness=2.0, **arguments)
     with jax.enable_x64(True):
         below, above = (
-            run(OPTIMIZERS[name](factor * rate), num_updates, extra_args)[-50:].max()
-            for factor in (0.97, 1.03)
+            distances[-50:].max()
+            for distances in runs(
+                OPTIMIZERS[name], (0.97 * rate, 1.03 * rate), num_updates, extra_args
+            )
         )
     assert below < 1e-5 / 2
     assert not above < 1e-5 * 2
@@ -189,37 +197,45 @@ def set_leaves(state, names, value):
 def warmed_up(optimizer, zero=ZERO):
     """A state after gradients of order 1 at a parameter that stays at zero."""
     state = optimizer.init(zero)
+    update = jax.jit(optimizer.update)
     for k in range(12):
-        _, state = optimizer.update(jnp.full_like(zero, 0.3 + 0.1 * k), state, zero)
+        _, state = update(jnp.full_like(zero, 0.3 + 0.1 * k), state, zero)
     return state
 
 
-def run_held(optimizer, state, held, num_updates):
-    """As `run`, but the values named in `held` start every update such that they end in it as they
+def runs_held(make, rates, state, held, num_updates):
+    """As `runs`, but the values named in `held` start every update such that they end in it as they
     are in `state`: where an update multiplies a value, it starts higher.
     """
-    zero = jnp.zeros(())
-    _, after = optimizer.update(zero, state, zero)
-    ratio = jax.tree.map(lambda a, b: a / jnp.where(b == 0, 1, b) if b.size else a, state, after)
-    kept = {
-        jax.tree_util.keystr(path): leaf * part
-        for (path, leaf), part in zip(
-            jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(ratio), strict=True
-        )
-    }
 
-    def step(carry, _):
-        x, before, state = carry
-        state = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: kept[name] if (name := jax.tree_util.keystr(path)) in held else leaf,
-            state,
+    def run(rate):
+        optimizer, zero = make(rate), jnp.zeros(())
+        _, after = optimizer.update(zero, state, zero)
+        ratio = jax.tree.map(
+            lambda a, b: a / jnp.where(b == 0, 1, b) if b.size else a, state, after
         )
-        updates, state = optimizer.update(before, state, x)
-        return (x + updates, x, state), abs(x)
+        kept = {
+            jax.tree_util.keystr(path): leaf * part
+            for (path, leaf), part in zip(
+                jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(ratio), strict=True
+            )
+        }
 
-    start = jnp.full_like(zero, 1e-9)
-    carry = start, start, state
-    return np.asarray(jax.jit(lambda c: jax.lax.scan(step, c, length=num_updates)[1])(carry))
+        def step(carry, _):
+            x, before, state = carry
+            state = jax.tree_util.tree_map_with_path(
+                lambda path, leaf: (
+                    kept[name] if (name := jax.tree_util.keystr(path)) in held else leaf
+                ),
+                state,
+            )
+            updates, state = optimizer.update(before, state, x)
+            return (x + updates, x, state), abs(x)
+
+        start = jnp.full_like(zero, 1e-9)
+        return jax.lax.scan(step, (start, start, state), length=num_updates)[1]
+
+    return map(np.asarray, map(jax.jit(run), rates))
 
 
 @pytest.mark.standard_promotion
@@ -236,8 +252,10 @@ def test_the_remedy_works_and_its_threshold_is_true(name):
         state = set_leaves(state, momenta.split(", "), jnp.zeros_like)
         rate = max_rate(optimizer, 1, optimizer_state=state)
         below, above = (
-            run_held(optimizer(factor * rate), state, held.split(", "), 40_000)[-50:].max()
-            for factor in (0.97, 1.03)
+            distances[-50:].max()
+            for distances in runs_held(
+                optimizer, (0.97 * rate, 1.03 * rate), state, held.split(", "), 40_000
+            )
         )
     assert below < 1e-9 / 2
     assert not above < 1e-9 * 2

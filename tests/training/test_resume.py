@@ -23,8 +23,6 @@ from asgd_jax.training.folder import rerun
 from asgd_jax.training.folder.checkpoint import last_step, open_checkpoints
 from asgd_jax.training.folder.metrics import read_rows
 
-pytestmark = pytest.mark.optimised
-
 ROOT = Path(__file__).parents[2]
 # 16 updates and 8 rows an epoch; checkpoints at some of the rows, which are in mid-epoch.
 RUN = [
@@ -125,7 +123,7 @@ def shown_events(workdir):
     return shown
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # the optimised tests come first
 def unstopped(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("unstopped")
     code, out, err = finish(start(workdir))
@@ -288,6 +286,7 @@ def stop_at_row(monkeypatch, number):
     monkeypatch.setattr(metrics_module, "open_writer", open_writer)
 
 
+@pytest.mark.optimised
 def test_every_part_of_the_state_resumes_bit_for_bit(tiny_config, tmp_path, monkeypatch):
     """Adam's moments, a history in half precision, a simulated trace; stopped within an epoch."""
     tiny_config.update(delay=3, log_every_steps=5, checkpoint_every_steps=7)
@@ -302,6 +301,7 @@ def test_every_part_of_the_state_resumes_bit_for_bit(tiny_config, tmp_path, monk
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.optimised
 def test_more_epochs_go_on_and_a_finished_run_is_not_repeated(tiny_config, tmp_path):
     tiny_config.update(delay=3, log_every_steps=5)
     run(tiny_config, tmp_path / "whole")
@@ -323,6 +323,7 @@ def test_more_epochs_go_on_and_a_finished_run_is_not_repeated(tiny_config, tmp_p
         run(tiny_config, tmp_path / "parts")
 
 
+@pytest.mark.optimised
 def test_a_run_of_simulated_workers_can_be_extended(tiny_config, tmp_path):
     tiny_config.update(delay=3, delay_distribution="workers", epochs=3)
     whole = run(tiny_config, tmp_path / "whole")
@@ -352,6 +353,7 @@ def copy_run(unstopped, workdir, **changes):
     return config
 
 
+@pytest.mark.optimised
 def test_a_lost_summary_is_made_again_without_training(unstopped, tmp_path):
     config = copy_run(unstopped, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()

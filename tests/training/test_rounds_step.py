@@ -59,7 +59,9 @@ def test_rounds_leave_the_table_of_the_serial_run(name, tiny_config, tmp_path, m
 @pytest.mark.slow
 def test_fig_1_s_network_on_mnist(tfds_data_dir, tmp_path):
     config = mnist_cnn.get_config("asgd")
-    config.update(width=0.25, num_train=2048, num_validation=200, eval_batch_size=200)
+    # All 32 workers, with batches of 8: it is their number that the rounds depend on.
+    config.update(width=0.25, num_train=256, worker_batch_size=8)
+    config.update(num_validation=200, eval_batch_size=200)
     config.update(data_dir=str(tfds_data_dir), num_devices=1, epochs=2, learning_rate=0.1)
     config.conv_impl = "lax"  # compiled in a third of the time
     _, alone = run(config, tmp_path / "serial")

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 
 from asgd_jax import data
-from asgd_jax.training import default_config, train
+from asgd_jax.training import default_config, sweep_groups, train
 from asgd_jax.training import single_runs as single_runs_module
 from asgd_jax.training import sweep as sweep_module
 from asgd_jax.training.feed import load_dataset
 from asgd_jax.training.folder.metrics import read_rows
-from asgd_jax.training.sweep import group_runs, point_config, sweep
+from asgd_jax.training.sweep import point_config, sweep
+from asgd_jax.training.sweep_groups import group_runs
 
 
 def small_config(**changes):
@@ -141,6 +143,28 @@ def test_one_program_for_all_points_of_one_shape():
     rows = [{"epochs": 4, "eval_every_epochs": 2}, {"epochs": 2, "eval_every_epochs": 1}]
     assert num_programs(rows) == 1
     assert num_programs(rows, runs_at_once=2) == 2  # one vmap measures at the same epochs
+
+
+@pytest.mark.parametrize("runs_at_once", [1, 4])
+def test_the_next_sweep_of_the_same_shapes_compiles_nothing(monkeypatch, runs_at_once):
+    """A search for an edge sweeps a dozen times; other data and momenta are programs anew."""
+    compile_runs, compiled = sweep_groups.compile_runs, []
+
+    def counted(*arguments):
+        compiled.append(compile_runs(*arguments))
+        return compiled[-1]
+
+    monkeypatch.setattr(sweep_groups, "compile_runs", counted)
+    monkeypatch.setattr(sweep_groups, "_programs", OrderedDict())
+    first = sweep(small_config(), POINTS, runs_at_once=runs_at_once)
+    other = [dict(point, learning_rate=point["learning_rate"] / 2) for point in POINTS]
+    second = sweep(small_config(), other, runs_at_once=runs_at_once)
+    assert curve(second, other[0], "train_loss") != curve(first, POINTS[0], "train_loss")
+    assert str(sweep(small_config(), POINTS, runs_at_once=runs_at_once)) == str(first)
+    assert [program._cache_size() for program in compiled] == [1]
+    for number, change in enumerate(({"num_train": 160}, {"normalize": "half"}, {"momentum": 0.9})):
+        sweep(small_config(**change), POINTS, runs_at_once=runs_at_once)
+        assert len(compiled) == number + 2
 
 
 def test_a_sweep_over_eight_devices(single_runs):

@@ -185,3 +185,50 @@ def test_outside_delayed_live_parameters_are_asked_for():
     tx = compensate.dc_ema()
     with pytest.raises(ValueError, match=r"dc_ema needs params, got None"):
         tx.update(jnp.ones(1), tx.init(jnp.ones(1)), stale_params=jnp.ones(1))
+
+
+@pytest.mark.parametrize("delay", [2, {"w": 2, "b": 1}], ids=["one delay", "by leaf"])
+@pytest.mark.parametrize("name", ["staleness_scaling", "dc_asgd", "dc_ema", "gap_aware"])
+def test_a_method_for_a_part_of_the_parameters(name, delay):
+    """In optax.masked and partition: its part is as alone, the other as without it."""
+    arguments = {"gap_aware": (0.1,)}.get(name, ())
+
+    def method():
+        return getattr(asgd_jax.compensate, name)(*arguments)
+
+    params = {"w": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
+    masked = optax.masked(method(), {"w": True, "b": False})
+    parts = optax.partition({"own": method(), "none": optax.identity()}, {"w": "own", "b": "none"})
+
+    def end(transform):
+        tx = asgd_jax.delayed(optax.chain(transform, optax.sgd(0.1)), delay)
+        state, point = tx.init(params), params
+        for _ in range(5):
+            grads = asgd_jax.stale_params(state, point)
+            updates, state = tx.update(grads, state, point)
+            point = optax.apply_updates(point, updates)
+        return point
+
+    whole, none = end(method()), end(optax.identity())
+    for found in (end(masked), end(parts)):
+        np.testing.assert_allclose(found["w"], whole["w"], rtol=1e-6)
+        np.testing.assert_allclose(found["b"], none["b"], rtol=1e-6)
+
+
+@pytest.mark.standard_promotion
+def test_gap_aware_before_adam_does_not_see_the_scale_of_the_loss():
+    """Adam's steps are in units of the learning rate, whatever the gradients' size."""
+    adam = optax.scale_by_adam()
+    updates = {}
+    for scale in (1.0, 1e-3):
+        tx = asgd_jax.compensate.gap_aware(0.01, direction=adam, eps=0.0)
+        params, stale = jnp.array([1.0, 2.0]), jnp.array([1.02, 2.0])
+        state = tx.init(params)
+        for _ in range(3):
+            found, state = tx.update(scale * jnp.array([0.4, -0.2]), state, params,
+                                     stale_params=stale)  # fmt: skip
+        updates[scale] = np.asarray(found) / scale
+    np.testing.assert_allclose(updates[1.0], [0.4 / 3.0, -0.2], rtol=1e-4)  # two steps away
+    np.testing.assert_allclose(updates[1e-3], updates[1.0], rtol=1e-3)
+    with pytest.raises(ValueError, match=r"momentum=0.9 with a direction="):
+        asgd_jax.compensate.gap_aware(0.01, direction=adam, momentum=0.9)

@@ -99,3 +99,9 @@ def test_what_is_applied_has_the_distribution_below_the_limit():
 def test_bad_options_are_one_line(options, message):
     with pytest.raises(ValueError, match=message):
         asgd_jax.delayed(optax.sgd(0.1), **options)
+
+
+def test_a_trace_that_leaves_nothing_is_refused():
+    process = asgd_jax.delays.from_trace(np.full(5, 5))
+    with pytest.raises(ValueError, match="drop_stale=3 drops every gradient of this delay"):
+        asgd_jax.delayed(optax.sgd(0.1), process, drop_stale=3)

@@ -260,3 +260,19 @@ def test_a_state_of_other_delays_is_refused():
         asgd_jax.resize_history(state, 3)
     with pytest.raises(ValueError, match=r"resize_history takes one delay for all leaves"):
         asgd_jax.resize_history(uniform.init(PARAMS), DELAYS)
+
+
+def test_a_leaf_that_is_none_has_no_delay_and_no_history():
+    """As in a filtered Equinox module: trees of delays and rules leave it alone."""
+    params = {"a": jnp.ones(2), "b": jnp.ones(3), "c": None}
+    for delay in ({"a": 2, "b": 0, "c": None}, lambda path: 2 if path[0].key == "a" else 0):
+        tx = asgd_jax.delayed(optax.sgd(0.5), delay)
+        state, point, seen = tx.init(params), params, []
+        for _ in range(4):
+            where = asgd_jax.stale_params(state, point)
+            seen.append((float(where["a"][0]), float(where["b"][0])))
+            grads = {"a": where["a"], "b": where["b"], "c": None}
+            updates, state = tx.update(grads, state, point)
+            point = optax.apply_updates(point, updates)
+        assert point["c"] is None
+        assert seen == [(1.0, 1.0), (1.0, 0.5), (1.0, 0.25), (0.5, 0.125)]

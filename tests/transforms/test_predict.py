@@ -219,3 +219,44 @@ def test_the_learning_rate_is_read_from_injected_hyperparameters():
     found = predict.momentum(decay=0.9)(params, state, 3)
     expected = predict.momentum(RATE, decay=0.9)(params, state, 3)
     np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-6)
+
+
+def test_a_random_or_recorded_delay_is_foreseen_by_its_mean():
+    """Half-way cases go up; of a trace it is the mean of the trace, not its longest."""
+    trace = np.array([0, 1, 2, 9, 2, 1])
+    for process, ahead in (
+        (asgd_jax.delays.uniform(1, 4), 3),
+        (asgd_jax.delays.uniform(0, 1), 1),
+        (asgd_jax.delays.from_trace(trace), 3),
+        (asgd_jax.delays.constant(2, max_delay=7), 2),
+    ):
+        asked = []
+
+        def predict(params, inner_state, staleness, asked=asked):
+            asked.append(int(staleness))
+            return params
+
+        tx = asgd_jax.delayed(optax.sgd(0.1), process, predict=predict)
+        tx.update(jnp.ones(1), tx.init(jnp.ones(1)), jnp.ones(1))
+        assert asked == [ahead]
+    traced = jax.jit(
+        lambda delay: asgd_jax.delays.expected_staleness(
+            asgd_jax.delays.constant(delay, max_delay=7)
+        )
+    )
+    assert int(traced(jnp.int32(4))) == 4
+
+
+def test_a_scheduled_rate_is_read_as_the_last_update_had_it():
+    schedule = optax.linear_schedule(0.4, 0.0, 4)
+    tx = optax.inject_hyperparams(optax.sgd)(learning_rate=schedule, momentum=0.5)
+    params = jnp.zeros(1)
+    state = tx.init(params)
+    for _ in range(2):  # at the rates .4 and .3
+        _, state = tx.update(jnp.ones(1), state, params)
+    found = asgd_jax.predict.momentum(decay=0.5)(params, state, 1)
+    np.testing.assert_allclose(found, [-0.3 * 0.5 * 1.5], rtol=1e-6)
+    with pytest.raises(ValueError, match="takes a number for learning_rate, got a schedule"):
+        asgd_jax.predict.momentum(schedule, decay=0.5)(params, state, 1)
+    with pytest.raises(ValueError, match=r"b1 must be in \[0, 1\), the optimizer's, got 1.5"):
+        asgd_jax.predict.adamw(0.1, b1=1.5)

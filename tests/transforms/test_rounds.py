@@ -41,6 +41,7 @@ pytestmark = pytest.mark.standard_promotion  # optax.adamw
         ("compensated", 8, 8),
     ],
 )
+@pytest.mark.optimised
 def test_rounds_are_the_server_s_updates(name, num_workers, num_devices):
     inner = CASES[name](num_workers - 1)
     engine = asgd_jax.rounds(inner, num_workers, mesh=mesh_of(num_devices))

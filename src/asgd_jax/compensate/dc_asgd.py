@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from asgd_jax.compensate.gap import gap_of
+from asgd_jax.compensate.gap import check_correction, gap_of
 
 
 class DcAsgdState(NamedTuple):
@@ -41,10 +41,7 @@ def dc_asgd(
     References:
       Zheng et al., "Asynchronous Stochastic Gradient Descent with Delay Compensation", ICML 2017.
     """
-    if not strength >= 0.0:
-        raise ValueError(f"strength (lambda) must be a number >= 0, got {strength!r}")
-    if not 0.0 <= decay < 1.0:
-        raise ValueError(f"decay must be in [0, 1), got {decay!r}")
+    check_correction(strength, decay)
 
     def init(params: Any) -> DcAsgdState:
         return DcAsgdState(optax.tree.zeros_like(params) if adaptive else ())

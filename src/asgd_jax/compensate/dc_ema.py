@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from asgd_jax.compensate.gap import gap_of
+from asgd_jax.compensate.gap import check_correction, gap_of
 
 
 class DcEmaState(NamedTuple):
@@ -39,10 +39,7 @@ def dc_ema(strength: float = 1.0, *, decay: float = 0.99) -> optax.GradientTrans
       Delay compensation as in Zheng et al., ICML 2017, the diagonal of the Fisher matrix as a
       running mean, as Adam keeps it.
     """
-    if not strength >= 0.0:
-        raise ValueError(f"strength (lambda) must be a number >= 0, got {strength!r}")
-    if not 0.0 <= decay < 1.0:
-        raise ValueError(f"decay must be in [0, 1), got {decay!r}")
+    check_correction(strength, decay)
 
     def update(
         updates: Any, state: DcEmaState, params: Any = None, *, stale_params: Any, **_: Any

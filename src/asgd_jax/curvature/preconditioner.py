@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+_KINDS = ("ScaleByAdamState", "ScaleByAmsgradState")
+
 
 def adam_preconditioner(
     opt_state: optax.OptState, *, b2: float = 0.999, eps: float = 1e-8, eps_root: float = 0.0
@@ -18,7 +20,8 @@ def adam_preconditioner(
 
     Args:
       opt_state: holds, at any depth (also inside `delayed`), the state of one of optax's Adam,
-        AdamW, NAdam, AMSGrad or others by `scale_by_adam`: `nu` and `count`.
+        AdamW, NAdam, AMSGrad or others by `scale_by_adam`: `nu` beside its `count`. Of AMSGrad the
+        diagonal is that of the largest corrected nu so far.
       b2, eps, eps_root: those of the optimizer.
 
     Raises:
@@ -40,13 +43,23 @@ def adam_preconditioner(
             f"the optimizer state has {len(found)} entries nu and {len(counts)} counts, and Adam's "
             "has one nu beside its count: pass the state of optax.adam or of one of its kin"
         )
-    # The count of the transform that nu belongs to: the other may be a schedule's.
+    # The count of the transform that nu belongs to: others may be a schedule's.
     (path, nu) = found[0]
+    kind = getattr(path[-1], "tuple_name", None)
     beside = [count for where, count in counts if where[:-1] == path[:-1]]
-    count = beside[0] if beside else counts[0][1]
+    if not beside or kind not in _KINDS:
+        raise ValueError(
+            f"nu of {kind or 'this optimizer'} is no Adam's: it divides by something else (of "
+            "RMSProp, without a correction, pass sqrt(nu + eps) as preconditioner yourself)"
+        )
+    (count,) = beside
     if not int(count):
         raise ValueError(
             "the optimizer has made no update yet, so that its nu is 0: measure after the first"
         )
+    largest = [value for where, value in optax.tree.get_all_with_path(opt_state, "nu_max")
+               if where[:-1] == path[:-1]]  # fmt: skip
+    if largest:
+        return jax.tree.map(lambda leaf: jnp.sqrt(leaf + eps_root) + eps, largest[0])
     correction = 1.0 - b2 ** jnp.asarray(count, jnp.float32)
     return jax.tree.map(lambda leaf: jnp.sqrt(leaf / correction + eps_root) + eps, nu)

@@ -9,6 +9,7 @@ from asgd_jax.data.batches import BatchPlan, epoch_batches, epoch_permutation, p
 from asgd_jax.data.facts import DATASETS, FACTS, Facts
 from asgd_jax.data.in_memory import Dataset, load, normalizer
 from asgd_jax.data.normalize import imagenet_normalizer
+from asgd_jax.data.numbered import BatchOf, make_batch_of
 from asgd_jax.data.prepared import DatasetNotFoundError
 from asgd_jax.data.streaming import (
     StreamSizes,
@@ -20,6 +21,7 @@ from asgd_jax.data.streaming import (
 __all__ = [
     "DATASETS",
     "FACTS",
+    "BatchOf",
     "BatchPlan",
     "Dataset",
     "DatasetNotFoundError",
@@ -31,6 +33,7 @@ __all__ = [
     "identity",
     "imagenet_normalizer",
     "load",
+    "make_batch_of",
     "normalizer",
     "plan_batches",
     "random_crop_flip",

@@ -1,15 +1,17 @@
-"""Data sets small enough to live on the device whole: digits, MNIST, CIFAR-10 and CIFAR-100."""
+"""Data sets small enough to live on the device whole: digits, MNIST, CIFAR, and text."""
 
 import importlib.util
 import os
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from asgd_jax.data.facts import in_memory_facts
 from asgd_jax.data.normalize import Normalizer, channel_statistics, normalize_with
 from asgd_jax.data.prepared import DatasetNotFoundError, prepared_builder, reading
+from asgd_jax.data.text import load_tfds_text, load_topics
 from asgd_jax.delays.processes import as_integer
 
 NORMALIZATIONS = ("own", "half")
@@ -24,13 +26,17 @@ class Dataset(NamedTuple):
 
     Attributes:
       name: what `load` was asked for.
-      train_images: uint8 array of shape (num_train, height, width, channels).
-      train_labels: int32 array of shape (num_train,).
+      train_images: uint8 array of shape (num_train, height, width, channels); of text, of shape
+        (num_train, characters).
+      train_labels: int32 array of shape (num_train,); of text the next characters, of the shape of
+        `train_images`.
       validation_images: uint8, like `train_images`.
       validation_labels: int32, like `train_labels`.
       num_classes: labels are 0, ..., num_classes - 1.
       mean: float32 array of shape (channels,), of intensities in [0, 1]; `normalizer` subtracts it.
+        None of text.
       std: float32 array of shape (channels,), of intensities in [0, 1]; `normalizer` divides by it.
+        None of text.
     """
 
     name: str
@@ -39,8 +45,8 @@ class Dataset(NamedTuple):
     validation_images: np.ndarray
     validation_labels: np.ndarray
     num_classes: int
-    mean: np.ndarray
-    std: np.ndarray
+    mean: np.ndarray | None
+    std: np.ndarray | None
 
 
 def stratified_order(labels: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -69,7 +75,9 @@ def stratified_order(labels: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def _subset(arrays: Arrays, size: int | None, what: str) -> Arrays:
-    """The first `size` in stratified order, put back in the order of the files."""
+    """The first `size` in stratified order, put back in the order of the files; of text, simply the
+    first ones, which no class tells apart.
+    """
     images, labels = arrays
     if size is None:
         return arrays
@@ -77,7 +85,7 @@ def _subset(arrays: Arrays, size: int | None, what: str) -> Arrays:
         raise ValueError(
             f"{what}={size}: there are {len(labels)} samples, ask for 1 to {len(labels)}"
         )
-    keep = np.sort(stratified_order(labels)[:size])
+    keep = np.arange(size) if labels.ndim > 1 else np.sort(stratified_order(labels)[:size])
     return images[keep], labels[keep]
 
 
@@ -120,8 +128,9 @@ def load(
     """Loads a data set into host memory, as uint8; `normalizer` turns it to float32 on the device.
 
     The validation set is the official test split; for digits, which has none, 360 of the 1,797
-    images, stratified, leaving 1,437 to train on. digits comes with scikit-learn, the others come
-    through TFDS.
+    images, stratified, leaving 1,437 to train on; for text the official validation split, for
+    python_topics, which has none, its last tenth. digits comes with scikit-learn, python_topics
+    with Python, the others come through TFDS.
 
     Args:
       name: one of `DATASETS`.
@@ -130,7 +139,7 @@ def load(
         within larger ones.
       num_validation: the same for the validation set.
       normalize: "own" for the mean and standard deviation of each channel over the training
-        samples kept, "half" for (x - 0.5) / 0.5 with x in [0, 1].
+        samples kept, "half" for (x - 0.5) / 0.5 with x in [0, 1]; without meaning for text.
 
     Returns:
       A `Dataset`.
@@ -147,10 +156,16 @@ def load(
     facts = in_memory_facts(name)
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"unknown normalize={normalize!r}: use one of {', '.join(NORMALIZATIONS)}")
-    read = _load_digits() if name == "digits" else _load_tfds(name, data_dir)
+    if facts.is_text and normalize != NORMALIZATIONS[0]:
+        raise ValueError(f"normalize={normalize!r} has no meaning for {name}, which is text")
+    own = {"digits": _load_digits, "python_topics": load_topics}
+    tfds = load_tfds_text if facts.is_text else _load_tfds
+    read = own[name]() if name in own else tfds(name, data_dir)
     train = _subset(read[0], num_train, "num_train")
     validation = _subset(read[1], num_validation, "num_validation")
-    if normalize == "own":
+    if facts.is_text:
+        mean = std = None
+    elif normalize == "own":
         mean, std = channel_statistics(train[0])
     else:
         mean = std = np.full(train[0].shape[-1], 0.5, np.float32)
@@ -160,8 +175,12 @@ def load(
 def normalizer(dataset: Dataset) -> Normalizer:
     """Returns the data set's normalisation: uint8 (or floats in 0, ..., 255) to float32, jittable.
 
+    Of text: characters as int32.
+
     >>> digits = load("digits")
     >>> float(abs(normalizer(digits)(digits.train_images).mean())) < 1e-4
     True
     """
+    if dataset.mean is None or dataset.std is None:
+        return lambda characters: jnp.asarray(characters).astype(jnp.int32)
     return normalize_with(dataset.mean, dataset.std)

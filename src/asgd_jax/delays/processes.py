@@ -29,11 +29,34 @@ class DelayProcess(NamedTuple):
         `step` the number of the update; the process folds the step in, so equal arguments give
         equal delays and a resumed run continues the same sequence. Whoever applies it clamps what
         it returns to 0, ..., max_delay.
+      mean: expected staleness where there is no pmf, a number or a traced scalar; None: not known.
+      min_delay: a staleness that `sample` never goes below, where there is no pmf.
     """
 
     max_delay: int
     pmf: np.ndarray | None
     sample: Callable[[jax.Array, jax.Array], jax.Array]
+    mean: float | jax.Array | None = None
+    min_delay: int = 0
+
+
+def expected_staleness(process: DelayProcess) -> Any:
+    """Returns the mean of a process rounded to whole updates, halves upwards; int or int32 scalar.
+
+    Where nothing is known of it, `max_delay`.
+
+    >>> expected_staleness(uniform(1, 4)), expected_staleness(from_trace([0, 1, 5]))
+    (3, 2)
+    """
+    mean = process.mean
+    if process.pmf is not None:
+        mean = float(np.arange(len(process.pmf)) @ np.asarray(process.pmf))
+    if mean is None:
+        return process.max_delay
+    if isinstance(mean, jax.Array):
+        return jnp.floor(mean.astype(jnp.float32) + 0.5).astype(jnp.int32)
+    # A sum of probabilities may fall short of a half by its rounding.
+    return math.floor(mean + 0.5 + 1e-9)
 
 
 def as_integer(value: Any, name: str) -> int:
@@ -112,7 +135,7 @@ def constant(delay: int | jax.Array, max_delay: int | None = None) -> DelayProce
         if delay.ndim or not jnp.issubdtype(delay.dtype, jnp.integer):
             raise ValueError(f"delay must be an integer scalar, got {delay.aval.str_short()}")
         clamped = jnp.clip(delay.astype(jnp.int32), 0, limit)
-        return DelayProcess(limit, None, lambda key, step: clamped)
+        return DelayProcess(limit, None, lambda key, step: clamped, mean=clamped)
     delay = as_integer(delay, "delay")
     limit = delay if max_delay is None else as_integer(max_delay, "max_delay")
     if delay > limit:
@@ -181,6 +204,41 @@ def categorical(pmf: Any) -> DelayProcess:
     return DelayProcess(pmf.size - 1, pmf, sample)
 
 
+def below(process: "int | DelayProcess", limit: int) -> DelayProcess:
+    r"""What is left of a process when gradients of staleness `limit` or more are dropped.
+
+    $P(\tau = k \mid \tau < R)$, with R the limit: the staleness that
+    `delayed(..., process, drop_stale=limit)` applies once the start-up ramp is over. A dropped
+    gradient changes nothing and counts as no update, so every stability function answers for
+    dropping when it is given this process. Of all gradients the share $P(\tau < R)$ is applied.
+
+    Args:
+      process: a process with a distribution; an int is the constant one.
+      limit: R >= 1.
+
+    Raises:
+      ValueError: for a limit that leaves nothing, or a process without a distribution. Of a
+        recorded trace what is left is `from_trace(trace[trace < limit])`, in its order.
+
+    >>> below(uniform(1, 8), 3).pmf
+    array([0. , 0.5, 0.5])
+    """
+    limit = as_integer(limit, "limit")
+    process = as_process(process)
+    if process.pmf is None:
+        raise ValueError(
+            "this process has no distribution (pmf=None): of a recorded trace pass what is left "
+            f"of it, from_trace(trace[trace < {limit}])"
+        )
+    kept = process.pmf[:limit]
+    if not kept.any():
+        raise ValueError(
+            f"limit={limit} leaves nothing of this process, whose smallest staleness is "
+            f"{np.flatnonzero(process.pmf)[0]}: raise it above that"
+        )
+    return categorical(kept / kept.sum())
+
+
 def check_trace(trace: Sequence[int] | np.ndarray) -> np.ndarray:
     """Returns recorded staleness as an int32 array of shape (num_updates,).
 
@@ -232,7 +290,7 @@ def from_trace(trace: Sequence[int] | np.ndarray, max_delay: int | None = None) 
     def sample(key: jax.Array, step: jax.Array) -> jax.Array:
         return jnp.asarray(replay)[step % replay.size]
 
-    return DelayProcess(limit, None, sample)
+    return DelayProcess(limit, None, sample, mean=float(replay.mean()), min_delay=int(replay.min()))
 
 
 def as_process(delay: "int | DelayProcess") -> DelayProcess:

@@ -11,7 +11,7 @@ HE_NORMAL = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Classifier(nn.Module):
-    """Maps NHWC images to float32 logits of shape (batch, num_classes).
+    """Maps NHWC images, or characters, to float32 logits of shape (batch, ..., num_classes).
 
     Attributes:
       num_classes: number of logits.

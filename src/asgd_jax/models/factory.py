@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from asgd_jax.delays import as_integer
+from asgd_jax.models.char_transformer import CharTransformer
 from asgd_jax.models.classifier import Classifier
 from asgd_jax.models.layers import resolve_conv_impl
 from asgd_jax.models.mlp import MLP
@@ -23,6 +24,7 @@ MODELS: dict[str, Callable[..., Classifier]] = {
     "mnist_cnn": LeNet,
     "mnist_cnn_bn": BatchNormCNN,
     "vgg11": VGG11,
+    "char_transformer": CharTransformer,
     "resnet20": ResNet,
     "resnet44": partial(ResNet, stage_sizes=(7, 7, 7)),
     "resnet50": partial(
@@ -70,7 +72,7 @@ def create(
 
     Args:
       name: mlp, digits_cnn (8x8), mnist_cnn and mnist_cnn_bn (28x28), vgg11, resnet20 and resnet44
-        (32x32), or resnet50 (224x224, any other size from 32).
+        (32x32), resnet50 (224x224, any other size from 32), or char_transformer (text).
       num_classes: number of logits.
       width: multiplies every channel count and hidden width (rounded, at least 4): small numbers
         make quick tests.

@@ -5,6 +5,7 @@ python -m asgd_jax.stability --uniform 1 64 --learning-rate 0.01 --sharpness 20
 python -m asgd_jax.stability --workers 16 --schedule normal --baseline-learning-rate 0.8
 python -m asgd_jax.stability --stages 8 --momentum 0.9 --sharpness 20
 python -m asgd_jax.stability --delay 8 --momentum 0.9 --method all
+python -m asgd_jax.stability --workers 8 --schedule random --method drop --drop-stale 16
 python -m asgd_jax.stability --delay 8 --optimizer adam --sharpness 300  # the preconditioned one
 """
 
@@ -15,10 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from asgd_jax import delays
 from asgd_jax.command_line import OneLineParser
 from asgd_jax.stability.arguments import KINDS, Delay
 from asgd_jax.stability.mitigations import (
+    DROP,
     MITIGATIONS,
     PREDICTION,
     format_rows,
@@ -26,15 +30,24 @@ from asgd_jax.stability.mitigations import (
     pipeline_rows,
 )
 from asgd_jax.stability.plot import plot_thresholds
+from asgd_jax.stability.random_mitigations import (
+    CriteriaRow,
+    format_criteria_rows,
+    random_method_rows,
+)
 from asgd_jax.stability.report import Question, answer, render
+
+# The console script of the wheel, which is the same program.
+_INSTALLED_AS = "asgd-stability"
 
 _DEFAULT_MOMENTUM = 0.9  # of the table's comparison, when none is given
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
+    installed = Path(sys.argv[0]).stem == _INSTALLED_AS
     parser = OneLineParser(
-        prog="python -m asgd_jax.stability",
+        prog=_INSTALLED_AS if installed else "python -m asgd_jax.stability",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -51,6 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="your momentum adds the whole gradient, as torch and optax do by default",
     )
     parser.add_argument("--sharpness", type=float, help="largest eigenvalue of the Hessian")
+    parser.add_argument(
+        "--preconditioned-sharpness",
+        type=float,
+        help="that of D^(-1/2) H D^(-1/2), with --optimizer=adam",
+    )
     parser.add_argument(
         "--learning-rate", type=float, help="yours: is it stable, up to which delay"
     )
@@ -71,8 +89,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--method",
         metavar="NAME",
-        help="of --delay: what a mitigation does to the threshold of heavy ball, read off its "
-        f"code: {', '.join([*MITIGATIONS, PREDICTION])}, or all",
+        help="what a mitigation does to the threshold of heavy ball, read off its code: "
+        f"{', '.join([*MITIGATIONS, PREDICTION, DROP])}, or all; of random delays in the mean, in "
+        "mean square and in a typical run",
+    )
+    parser.add_argument(
+        "--drop-stale",
+        type=int,
+        metavar="K",
+        help="--method drop drops gradients of this staleness or more (default: what is older than "
+        "the mean, and than twice the mean)",
     )
     parser.add_argument(
         "--optimizer",
@@ -117,17 +143,28 @@ def _add_delay(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _read_adam(options: argparse.Namespace) -> None:
+    """Turns what is said of Adam into the damped heavy ball that it is."""
+    if options.preconditioned_sharpness is not None:
+        if options.optimizer != "adam" or options.sharpness is not None:
+            raise ValueError(
+                "--preconditioned-sharpness is for --optimizer=adam, in the place of --sharpness"
+            )
+        options.sharpness = options.preconditioned_sharpness
+    if options.optimizer == "adam":
+        if options.kind != "heavy_ball" or options.no_dampening:
+            raise ValueError("--optimizer=adam is a damped heavy ball: leave out the other kind")
+        options.momentum = _DEFAULT_MOMENTUM if options.momentum is None else options.momentum
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code, 2 for bad input."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
-        if options.optimizer == "adam":
-            if options.kind != "heavy_ball" or options.no_dampening:
-                raise ValueError(
-                    "--optimizer=adam is a damped heavy ball: leave out the other kind"
-                )
-            options.momentum = _DEFAULT_MOMENTUM if options.momentum is None else options.momentum
+        _read_adam(options)
+        if options.drop_stale is not None and options.method not in (DROP, "all"):
+            raise ValueError(f"--drop-stale={options.drop_stale} needs --method {DROP}")
         if options.stages is not None or options.method is not None:
             print(_answer_rows(options))
             return 0
@@ -153,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _answer_rows(options: argparse.Namespace) -> str:
-    """The answer for a pipeline, or for a mitigation under a constant delay."""
+    """The answer for a pipeline, or for a mitigation."""
     if options.kind != "heavy_ball" or options.plot is not None or options.curvature_noise:
         raise ValueError("--stages and --method know heavy ball only, and draw nothing")
     method: dict[str, Any] = {
@@ -162,17 +199,17 @@ def _answer_rows(options: argparse.Namespace) -> str:
         "dampening": not options.no_dampening,
     }
     heading = [f"sharpness  {method['sharpness']:g}", f"momentum   {method['momentum']:g}"]
+    if options.stages is None and options.delay is None:
+        return _answer_random(options, method, heading)
     if options.stages is not None:
         if options.method is not None:
-            raise ValueError("--method needs --delay: a stage has a delay of its own")
+            raise ValueError("--method needs one delay of all leaves: a stage has its own")
         schedule = options.schedule or "1f1b"
         rows = pipeline_rows(options.stages, schedule, **method)
         ages = delays.pipeline(options.stages, schedule)
         heading.insert(0, f"pipeline   {options.stages} stages ({schedule}), delays {ages}")
         heading.append("the sharpest direction is")
     else:
-        if options.delay is None:
-            raise ValueError("--method needs --delay: its threshold is that of a constant one")
         names = [*MITIGATIONS, *([PREDICTION] if options.momentum else [])]
         chosen = names if options.method == "all" else [options.method]
         rows = method_rows(chosen, delays.as_integer(options.delay, "delay"), **method)
@@ -180,6 +217,32 @@ def _answer_rows(options: argparse.Namespace) -> str:
     if options.json:
         return json.dumps({**method, "largest stable learning rate": dict(rows)}, indent=2)
     return format_rows(heading, rows)
+
+
+def _answer_random(options: argparse.Namespace, method: dict[str, Any], heading: list[str]) -> str:
+    """The answer for a mitigation under random delays."""
+    delay: Any
+    if options.workers is None:
+        delay, description = _read_delay(options)
+    else:
+        delay, description = _simulate(options)
+    chosen = [*MITIGATIONS, DROP] if options.method == "all" else [options.method]
+    rows = random_method_rows(chosen, delay, drop_stale=options.drop_stale, **method)
+    if options.json:
+        thresholds = {row.name: _numbers(row) for row in rows}
+        return json.dumps({**method, "largest stable learning rate": thresholds}, indent=2)
+    return format_criteria_rows([f"delay      {description}", *heading], rows)
+
+
+def _numbers(row: CriteriaRow) -> dict[str, float]:
+    return {name: value for name, value in row._asdict().items() if name != "name"}
+
+
+def _simulate(options: argparse.Namespace) -> tuple[np.ndarray, str]:
+    """The trace of the workers that the options name, and its description."""
+    schedule = options.schedule or "round_robin"
+    trace = delays.simulate_workers(options.workers, options.updates, schedule=schedule, seed=0)
+    return trace, f"{options.workers} workers, {schedule} schedule"
 
 
 def _read_delay(options: argparse.Namespace) -> tuple[Delay, str]:
@@ -194,11 +257,8 @@ def _read_delay(options: argparse.Namespace) -> tuple[Delay, str]:
         return delays.discretized_normal(mean, std), f"normal, mean {mean}, std {std:g}"
     if options.pmf is not None:
         return delays.categorical(_read_pmf(options.pmf)), f"probabilities {options.pmf}"
-    trace = delays.simulate_workers(
-        options.workers, options.updates, schedule=options.schedule or "round_robin", seed=0
-    )
-    schedule = options.schedule or "round_robin"
-    return delays.from_trace(trace), f"{options.workers} workers, {schedule} schedule"
+    trace, description = _simulate(options)
+    return delays.from_trace(trace), description
 
 
 def _read_normal(texts: list[str]) -> tuple[int, float]:

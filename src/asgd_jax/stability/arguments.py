@@ -11,9 +11,13 @@ from asgd_jax.delays import DelayProcess, as_integer, validate_pmf
 Delay: TypeAlias = int | Sequence[float] | np.ndarray | DelayProcess
 Kind: TypeAlias = Literal["heavy_ball", "shifted"]
 Criterion: TypeAlias = Literal["mean", "mean_square"]
+OptimizerCriterion: TypeAlias = Literal["mean", "mean_square", "lyapunov"]
 
 KINDS = ("heavy_ball", "shifted")
 CRITERIA = ("mean", "mean_square")
+# Of the methods that have a formula, `lyapunov_max_learning_rate` is the third: it is an estimate,
+# which comes with its error.
+OPTIMIZER_CRITERIA: tuple[OptimizerCriterion, ...] = ("mean", "mean_square", "lyapunov")
 
 
 class MethodOptions(TypedDict, total=False):
@@ -79,10 +83,11 @@ def as_delay(delay: Delay) -> int | np.ndarray:
             raise ValueError(
                 "this delay is a process without a distribution (pmf=None: a recorded trace, or a "
                 "value that is only known when it runs): use lyapunov_exponent, which draws from "
-                "it, or pass the pmf of its values or, of a constant delay, the int"
+                "it (of any optimizer criterion='lyapunov'), or pass the pmf of its values or, of "
+                "a constant delay, the int"
             )
         delay = delay.pmf
-    elif np.ndim(delay) == 0:
+    elif np.ndim(delay) == 0:  # type: ignore[arg-type]
         return as_integer(delay, "delay")
     pmf = validate_pmf(delay)
     return pmf.size - 1 if pmf[-1] == 1.0 else pmf

@@ -221,7 +221,7 @@ def _parameter_of(
 def hold(step: QuadraticStep, given: Memory) -> QuadraticStep:
     """The step whose every update ends in the given values, before it is linearised there."""
     # A learning rate in the state (inject_hyperparams) is not held: it is the one asked about.
-    ours = np.asarray(step.fresh(1.0)[0] == step.fresh(0.5)[0])
+    ours = np.asarray(step.fresh(1.0)[0]) == np.asarray(step.fresh(0.5)[0])
 
     def start(rate: Any) -> Memory:
         # Where the update multiplies its values they must start higher: Adam's second moment decays

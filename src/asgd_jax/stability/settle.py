@@ -6,7 +6,7 @@ or schedules in its state is followed until it repeats.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -141,26 +141,29 @@ class _WarmState(NamedTuple):
 def _warm_up(step: QuadraticStep, rate: float) -> _WarmState:
     """Fills the state by gradients, their opposites and none; the parameter is kept at zero."""
 
-    def after(sign: float) -> Memory:
+    def after(sign: Any) -> Memory:
         def update(k: int, memory: Memory) -> Memory:
             vector, others = step.advance(rate, memory, sign * jnp.cos(1.0 + 2.0 * k))
             return jnp.where(is_parameter, 0.0, vector), others
 
         return jax.lax.fori_loop(0, _WARM_UP, update, step.fresh(rate))
 
+    def after_each(signs: jax.Array) -> Memory:
+        vectors, others = jax.vmap(after)(signs)
+        return vectors, [leaf[0] for leaf in others]
+
     is_parameter = np.array([name == "" for name in step.layout.names])
-    ends, others = jax.jit(jax.vmap(after))(jnp.array([1.0, 0.0, -1.0]))
-    others = [leaf[0] for leaf in others]
+    ends, others = jax.jit(after_each)(jnp.array([1.0, 0.0, -1.0]))
     up, still, down = np.asarray(ends)
     moved = up != still
     middle = np.where(np.isfinite(still), 2.0 * still, 0.0)  # without gradients some divide by 0
     affine = moved & np.isclose(up + down, middle, rtol=1e-9, atol=1e-9 * abs(up).max())
     # One at a time: what does not move x must stay, others divide by it (Prodigy's grad_sum).
-    each = jnp.where(affine & ~np.eye(up.size, dtype=bool), 0.0, up)
+    each = np.where(affine & ~np.eye(up.size, dtype=bool), 0.0, up)
     new = jax.vmap(lambda row: step.advance(rate, (row, others), 0.0)[0])
-    moving = jax.jit(new)(each)[:, 0] != 0.0
-    momenta = affine & np.asarray(moving)
-    memory = jnp.where(momenta, 0.0, up), others
+    moving = np.asarray(jax.jit(new)(each))[:, 0] != 0.0
+    momenta = affine & moving
+    memory = jnp.asarray(np.where(momenta, 0.0, up)), others
     return _WarmState(memory, momenta, moved & ~affine & ~is_parameter)
 
 

@@ -124,16 +124,20 @@ def step_jacobian(
             each, others = jax.vmap(lambda k: step.advance(rate, memory, kick, k))(choices)
             return (jnp.asarray(weights) @ each)[None] if average else each, others
 
+        def keep(before: Memory, after: Memory) -> Memory:
+            return jnp.where(held, before[0], after[0]), after[1]
+
         def advance(memory: Memory) -> Memory:
-            vector, rest = step.advance(rate, memory, 0.0)
-            return jnp.where(held, memory[0], vector), rest
+            return keep(memory, step.advance(rate, memory, 0.0))
 
         def body(carry: Any, kick: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
             memory, deviations = carry
-            deviations, result = _differentiate(
+            following, deviations, result = _differentiate(
                 alternatives, memory, deviations, kick, used, jnp.where(held, _TINY_HELD, tiny)
             )
-            return (advance(memory), deviations), result
+            # Of random delays the state knows its own, which none of the alternatives need be.
+            after = keep(memory, following) if choices is None else advance(memory)
+            return (after, deviations), result
 
         memory = jax.lax.fori_loop(0, first, lambda _, m: advance(m), start)
         deviations = (
@@ -159,8 +163,9 @@ def _differentiate(
     kick: jax.Array,
     weights: np.ndarray,
     tiny: jax.Array,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The next deviations, and the fields of a `Stretch` for this update.
+) -> tuple[Memory, jax.Array, tuple[jax.Array, ...]]:
+    """The next memory (of the first alternative), the next deviations, and the fields of a
+    `Stretch` for this update.
 
     Central differences of a linear function have no truncation error, and around 0 no cancellation:
     they are as good as derivatives, and see through `stop_gradient` and bit casts.
@@ -179,7 +184,8 @@ def _differentiate(
     deviations = jnp.einsum("pkn,k->pn", after[2 * n : -1] - after[-1], jnp.asarray(weights))
     hidden = jnp.asarray([(leaf[2 * n : -1] != leaf[-1]).any() for leaf in others])
     drifts = (after[-1, :, 0] != 0.0).any()
-    return deviations, (jacobians, deviations[:, 0], drifts, hidden.any())
+    following = after[-1, 0], [leaf[-1] for leaf in others]
+    return following, deviations, (jacobians, deviations[:, 0], drifts, hidden.any())
 
 
 def _num_steps(step: QuadraticStep, num_alternatives: int) -> int:

@@ -15,6 +15,7 @@ from asgd_jax.training import mesh as devices
 from asgd_jax.training.chunk import NOT_DIVERGED, ChunkTotals, add_step, make_run_chunk, zero_totals
 from asgd_jax.training.feed import HostBatch
 from asgd_jax.training.placement import Placed, Placement
+from asgd_jax.training.recorded import is_recorded, make_recorded_order
 from asgd_jax.training.rounds_step import (
     RoundBatch,
     add_round,
@@ -54,10 +55,12 @@ def make_advance(config: ConfigDict, setup: Setup) -> Advance:
             max_delay,
             lengths=cut if in_rounds else _one_by_one,
         )
-    order_of = jax.jit(
+    order_of: Callable[[int], Any] = jax.jit(
         lambda epoch: data.epoch_batches(config.seed, epoch, plan),
         out_shardings=devices.replicated(setup.mesh),
     )
+    if is_recorded(config):
+        order_of = make_recorded_order(config, plan)
     samples = placement.put((feed.samples.train_images, feed.samples.train_labels))
     if in_rounds:
         run_rounds = make_run_rounds(

@@ -12,17 +12,30 @@ from ml_collections.config_dict import placeholder
 
 from asgd_jax.data.batches import plan_batches
 from asgd_jax.training.batch_stats import MODES as BATCH_STATS_MODES
+from asgd_jax.training.staleness import COMPENSATIONS, PREDICTIONS, refuse_combinations
 
 STREAMED = ("imagenet2012",)  # data sets that are read from disk while training
 _IN_MEMORY_ONLY = ("normalize", "num_train", "num_validation", "augment")
 _CHOICES = {
-    "delay_distribution": ("constant", "uniform", "normal", "workers", "trace"),
+    "delay_distribution": (
+        "constant",
+        "uniform",
+        "normal",
+        "workers",
+        "trace",
+        "pipeline",
+        "measured",
+    ),
     "learning_rate_rule": ("none", "inverse", "exact", "sqrt"),
     "momentum_kind": ("heavy_ball", "nesterov", "shifted"),
-    "optimizer": ("sgd", "adam", "adamw"),
+    "optimizer": ("sgd", "adam", "adamw", "nadamw"),
+    "predict": PREDICTIONS,
+    "compensate": ("none", *COMPENSATIONS),
     "weight_decay_on": ("all", "kernels"),
     "worker_schedule": ("random", "normal"),
     "batch_stats": BATCH_STATS_MODES,
+    "worker_data": ("whole", "shard"),
+    "staleness_policy": ("drop", "wait"),
     "parallelism": ("jit", "pmap", "workers"),
 }
 _POSITIVE = (
@@ -49,7 +62,8 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of the parameters, the batch order and the delays
     # Data.
-    config.dataset = "digits"  # digits, mnist, cifar10, cifar100, imagenet2012 (streamed)
+    # digits, mnist, cifar10, cifar100, python_topics, tiny_shakespeare, imagenet2012 (streamed)
+    config.dataset = "digits"
     config.image_size = 224  # pixels of a side, of streamed data sets; the others have their own
     config.data_dir = placeholder(str)  # folder or gs:// address; None: TFDS_DATA_DIR
     # The next four are not for streamed data sets, which are augmented while they are decoded.
@@ -69,13 +83,21 @@ def default_config() -> ConfigDict:
     config.num_workers = 32
     config.worker_batch_size = 64  # samples of one gradient
     config.delay = 0  # updates between pull and push; (delay + 1) divides num_workers
-    config.delay_distribution = "constant"  # constant, uniform, normal, workers, trace
+    # constant, uniform, normal, workers, trace; pipeline: delay + 1 stages, the first one's is
+    # `delay`; measured: what real workers do
+    config.delay_distribution = "constant"
     config.delay_std = 1.0  # of the normal distribution, in updates
     config.worker_schedule = "random"  # of delay_distribution=workers: random or normal
-    config.delay_trace = placeholder(str)  # .npy or text file of staleness, one entry an update
+    # .npy or text file of staleness, one entry an update; or the updates.csv of real workers, which
+    # is replayed with its batches.
+    config.delay_trace = placeholder(str)
+    _add_real_workers(config)
     config.history_dtype = placeholder(str)  # None: that of the parameters
+    config.predict = "none"  # what workers pull: none, optimizer (its prediction), last_update
+    # What the server does to stale gradients: none, or a method of `asgd_jax.compensate`.
+    config.compensate = "none"
     # Optimization. learning_rate is that of the equivalent run without delay.
-    config.optimizer = "sgd"
+    config.optimizer = "sgd"  # sgd, adam, adamw, nadamw
     config.learning_rate = 0.1
     config.learning_rate_rule = "none"  # how the delay changes it: none, inverse, exact, sqrt
     config.warmup_epochs = 0.0  # linear ramp of the learning rate ...
@@ -85,6 +107,8 @@ def default_config() -> ConfigDict:
     config.momentum = 0.0
     config.momentum_kind = "heavy_ball"  # heavy_ball, nesterov, shifted
     config.dampening = False  # scale gradients by 1 - momentum
+    config.adam_b1 = 0.9
+    config.adam_b2 = 0.999
     config.weight_decay = 0.0  # on the live parameters
     config.weight_decay_on = "all"  # all, or kernels (of convolutions and dense layers)
     config.clip_norm = placeholder(float)  # global gradient norm, on the server
@@ -101,6 +125,16 @@ def default_config() -> ConfigDict:
     config.checkpoint_every_steps = placeholder(int)  # besides; None: only by epochs
     config.keep_checkpoints = 3  # the last ones; the one of least validation error stays too
     return config
+
+
+def _add_real_workers(config: ConfigDict) -> None:
+    """What only real workers heed (scripts/train_async.py); a replay heeds worker_data as well."""
+    config.worker_data = "whole"  # whole, shard: what a worker takes its batches from
+    config.max_staleness = placeholder(int)  # in updates; None: no limit
+    config.staleness_policy = "drop"  # beyond max_staleness: drop, wait
+    # What a gradient takes at least, in seconds: "constant .05", "lognormal .05 .5" (mean, sigma),
+    # "straggler .05 10" (worker 0 takes 10 times as long). None: no more than it takes.
+    config.worker_times = placeholder(str)
 
 
 def _add_devices(config: ConfigDict) -> None:
@@ -193,7 +227,7 @@ def validate_config(config: ConfigDict) -> None:
         _number(config, field, above=0)
     for field in _NOT_NEGATIVE:
         _number(config, field, at_least=0)
-    for field in ("momentum", "label_smoothing"):
+    for field in ("momentum", "label_smoothing", "adam_b1", "adam_b2"):
         _number(config, field, at_least=0, below=1)
     for field in _POSITIVE_OR_NONE:
         if config[field] is not None:
@@ -206,6 +240,7 @@ def validate_config(config: ConfigDict) -> None:
             f"momentum={config.momentum} has no meaning for optimizer={config.optimizer!r}: "
             "use optimizer='sgd' or momentum=0"
         )
+    refuse_combinations(config)
     _dtype(config, "dtype")
     if config.history_dtype is not None:
         _dtype(config, "history_dtype")
@@ -222,7 +257,7 @@ def _fields(config: ConfigDict, known: ConfigDict) -> None:
 
 
 def _refuse_unused(config: ConfigDict, defaults: ConfigDict) -> None:
-    """Refuses a data field that has been changed and that data of this kind does not heed."""
+    """Refuses a field that has been changed and that this data, or optimizer, does not heed."""
     streamed = config.dataset in STREAMED
     for field in _IN_MEMORY_ONLY if streamed else ("image_size",):
         if config[field] != defaults[field]:
@@ -230,6 +265,12 @@ def _refuse_unused(config: ConfigDict, defaults: ConfigDict) -> None:
             raise ValueError(
                 f"{field}={config[field]!r} has no meaning for dataset={config.dataset!r}, which "
                 f"is {kind}: leave it at {defaults[field]!r}"
+            )
+    for field in ("adam_b1", "adam_b2"):
+        if config.optimizer == "sgd" and config[field] != defaults[field]:
+            raise ValueError(
+                f"{field}={config[field]!r} has no meaning for optimizer='sgd': leave it at "
+                f"{defaults[field]!r}"
             )
 
 

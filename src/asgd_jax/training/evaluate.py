@@ -39,12 +39,12 @@ def pad_to_batches(
     """Cuts a data set into equal batches; the last one is filled up with label -1.
 
     Args:
-      images: (n, ...); labels: (n,).
+      images: (n, ...); labels: (n,), or (n, characters) of text, where each of them is a sample.
       batch_size: samples of a batch, at most; a smaller data set is one batch.
       multiple: what the size of a batch must be a multiple of.
 
     Returns:
-      images (num_batches, batch_size, ...) and labels (num_batches, batch_size).
+      images (num_batches, batch_size, ...) and labels (num_batches, batch_size, ...).
 
     >>> pad_to_batches(np.zeros((5, 2)), np.arange(5), 3)[1].tolist()
     [[0, 1, 2], [3, 4, -1]]
@@ -52,8 +52,9 @@ def pad_to_batches(
     batch_size = round_up(min(batch_size, len(labels)), multiple)
     missing = -len(labels) % batch_size
     images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
-    labels = np.concatenate([labels, np.full(missing, -1, labels.dtype)])
-    return images.reshape(-1, batch_size, *images.shape[1:]), labels.reshape(-1, batch_size)
+    labels = np.concatenate([labels, np.full((missing, *labels.shape[1:]), -1, labels.dtype)])
+    cut = (array.reshape(-1, batch_size, *array.shape[1:]) for array in (images, labels))
+    return next(cut), next(cut)
 
 
 def make_measure(

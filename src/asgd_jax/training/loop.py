@@ -23,13 +23,15 @@ from asgd_jax.training.placement import Placed
 from asgd_jax.training.progress import (
     Progress,
     add_chunk,
+    describe_row,
     no_progress,
     staleness_summary,
     summarize,
 )
 from asgd_jax.training.setup import Setup, make_validation, set_up
+from asgd_jax.training.staleness import is_pipeline
 from asgd_jax.training.state import TrainState, num_params
-from asgd_jax.training.step import gap
+from asgd_jax.transforms import distance_to_stale
 
 
 def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> dict[str, Any]:
@@ -74,12 +76,13 @@ def train(config: ConfigDict, workdir: str | Path, *, progress: bool = True) -> 
                 row = row_of(placed, totals, epoch, start, stop, seconds)
                 opened.writer.write(row, np.asarray(totals.staleness))
                 reached = add_chunk(reached, totals, row, seconds, time.perf_counter() - started)
+                opened.bar.set_postfix_str(describe_row(row), refresh=False)
                 opened.bar.update(int(totals.steps))
                 if reached.diverged_at is not None:
                     break
                 more = reached.step < plan.steps_per_epoch * config.epochs
                 stopping = opened.stop_requested() and more
-                if stopping or _is_checkpoint_due(config, plan, reached.step, totals):
+                if stopping or is_checkpoint_due(config, plan, reached.step, totals):
                     reached = reached._replace(metrics_bytes=opened.writer.num_bytes())
                     error = row.get("validation_error")
                     state = setup.placement.get(placed)
@@ -117,7 +120,7 @@ def _open_run(config: ConfigDict, setup: Setup, workdir: Path, progress: bool) -
         placed = setup.placement.put(state)
         if placed is not state:  # under pmap a copy a device: two states may not fit
             jax.tree.map(lambda leaf: leaf.delete(), state)
-        writer = _open_folder(config, workdir, reached)
+        writer = open_folder(config, workdir, reached)
         stack.callback(writer.close)
         total = plan.steps_per_epoch * config.epochs
         bar = progress_bar(total, unit="step", initial=reached.step, show=progress)
@@ -142,7 +145,7 @@ def _resume(
     return state, reached
 
 
-def _open_folder(config: ConfigDict, workdir: Path, reached: Progress) -> metrics.Writer:
+def open_folder(config: ConfigDict, workdir: Path, reached: Progress) -> metrics.Writer:
     """Makes the run's folder ready to go on from `reached`; only the first process writes files."""
     if jax.process_index() != 0:
         return metrics.silent_writer()
@@ -160,8 +163,8 @@ def _make_row(config: ConfigDict, setup: Setup) -> Callable[..., metrics.Row]:
     get = setup.placement.get
     validate = make_validation(config, setup)
     stale = setup.run.stale
-    measure_gap = jax.jit(lambda placed: gap(get(placed).params, stale(get(placed))))
-    learning_rate = _learning_rate_of(config, steps_per_epoch)
+    measure_gap = jax.jit(lambda placed: distance_to_stale(get(placed).params, stale(get(placed))))
+    learning_rate = learning_rate_of(config, steps_per_epoch)
 
     def row_of(
         placed: Placed, totals: ChunkTotals, epoch: int, start: int, stop: int, seconds: float
@@ -179,7 +182,7 @@ def _make_row(config: ConfigDict, setup: Setup) -> Callable[..., metrics.Row]:
             **summarize(totals),
         }
         diverged = totals.diverged_at != NOT_DIVERGED
-        if _is_evaluated(config, steps_per_epoch, epoch, stop) or diverged:
+        if is_evaluated(config, steps_per_epoch, epoch, stop) or diverged:
             loss, error = validate(get(placed._replace(opt_state=())))
             row |= {"validation_loss": float(loss), "validation_error": float(error)}
         return row
@@ -200,7 +203,7 @@ def chunk_bounds(
                 yield epoch, first, stop
 
 
-def _is_checkpoint_due(config: ConfigDict, plan: BatchPlan, step: int, totals: ChunkTotals) -> bool:
+def is_checkpoint_due(config: ConfigDict, plan: BatchPlan, step: int, totals: ChunkTotals) -> bool:
     """Whether the chunk that ended at `step` ended the run, an epoch or so many steps."""
     before = step - int(totals.steps)
     periods = (
@@ -211,12 +214,12 @@ def _is_checkpoint_due(config: ConfigDict, plan: BatchPlan, step: int, totals: C
     return any(period and step // period > before // period for period in periods)
 
 
-def _is_evaluated(config: ConfigDict, steps_per_epoch: int, epoch: int, stop: int) -> bool:
+def is_evaluated(config: ConfigDict, steps_per_epoch: int, epoch: int, stop: int) -> bool:
     due = (epoch + 1) % config.eval_every_epochs == 0 or epoch + 1 == config.epochs
     return stop == steps_per_epoch and due
 
 
-def _learning_rate_of(config: ConfigDict, steps_per_epoch: int) -> Callable[[int], float]:
+def learning_rate_of(config: ConfigDict, steps_per_epoch: int) -> Callable[[int], float]:
     """Returns the learning rate of the last of `step` updates, regime included."""
     peak = optimizer.effective_learning_rate(config)
     multiplier = jax.jit(optimizer.make_multiplier(config, steps_per_epoch))
@@ -253,7 +256,9 @@ def _sharpest_stable_minimum(config: ConfigDict, process: DelayProcess) -> dict[
     reasons = {
         "optimizer": config.optimizer != "sgd",
         "momentum_kind": bool(config.momentum) and config.momentum_kind == "nesterov",
-        "delay_distribution": process.pmf is None,
+        "delay_distribution": process.pmf is None or is_pipeline(config),
+        "predict": config.predict != "none",
+        "compensate": config.compensate != "none",
         "weight_decay": config.weight_decay > 0,
         "clip_norm": config.clip_norm is not None,
         "warmup_epochs": config.warmup_epochs > 0,

@@ -10,7 +10,11 @@ import optax
 from ml_collections import ConfigDict
 
 from asgd_jax import delays, stability
+from asgd_jax.predict import remember_update
+from asgd_jax.training.recorded import read_updates
+from asgd_jax.training.staleness import COMPENSATIONS, adam_direction, make_predictor
 from asgd_jax.transforms import delayed, momentum_of
+from asgd_jax.transforms.leaf_delays import LeafDelays
 
 # In numbers of workers; fewer than one gradient in a thousand is older (random: one in e^7).
 _LONGEST_STALENESS = {"random": 7, "normal": 2}
@@ -23,7 +27,7 @@ def make_delay_process(config: ConfigDict, num_updates: int) -> delays.DelayProc
     constant tau; uniform on {1, ..., 2 tau - 1}; normal of mean tau and `delay_std`; workers: a
     simulation of N workers under `worker_schedule`, whose gradients count as no older than 7 N
     updates (2 N under "normal"), so that the history is as deep however long the run is; trace:
-    the integers of `delay_trace`.
+    the integers of `delay_trace`, or the column of the updates.csv of real workers.
 
     Raises:
       ValueError: for a trace file that cannot be read, holds anything but staleness, or has a mean
@@ -32,7 +36,12 @@ def make_delay_process(config: ConfigDict, num_updates: int) -> delays.DelayProc
     delay, distribution = config.delay, config.delay_distribution
     if distribution == "trace":
         return _recorded(config.delay_trace, delay)
-    if distribution == "constant" or delay == 0:
+    if distribution == "measured":
+        raise ValueError(
+            "delay_distribution='measured' is that of real workers: run scripts/train_async.py, or "
+            "replay its updates.csv by delay_distribution='trace' and delay_trace=FILE"
+        )
+    if distribution in ("constant", "pipeline") or delay == 0:  # of a pipeline the first stage's
         return delays.constant(delay)
     if distribution == "uniform":
         return delays.uniform(1, 2 * delay - 1)
@@ -61,6 +70,8 @@ def _longest_staleness(config: ConfigDict) -> int:
 
 
 def _recorded(file: str, delay: int) -> delays.DelayProcess:
+    if Path(file).suffix == ".csv":  # of real workers: their number is the configuration's
+        return delays.from_trace(read_updates(file).staleness)
     trace = _read_trace(file)
     try:
         process = delays.from_trace(trace)
@@ -142,14 +153,20 @@ def make_optimizer(
     process: delays.DelayProcess,
     steps_per_epoch: int,
     values: Values | None = None,
+    *,
+    leaf_delays: LeafDelays | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns `delayed` around the server of `make_server`, with the same arguments."""
+    """Returns `delayed` around the server of `make_server`, with the same arguments.
+
+    `leaf_delays` take the place of the process where leaves have delays of their own.
+    """
     values = values_of(config) if values is None else values
     return delayed(
         make_server(config, process, steps_per_epoch, values),
-        process,
+        process if leaf_delays is None else leaf_delays,
         history_dtype=config.history_dtype,
         seed=values.seed,
+        predict=make_predictor(config, make_multiplier(config, steps_per_epoch)),
     )
 
 
@@ -159,7 +176,7 @@ def make_server(
     steps_per_epoch: int,
     values: Values | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the server: clipping, weight decay, momentum and learning rate.
+    """Returns the server: clipping, compensation, weight decay, momentum and learning rate.
 
     Gradients are stale; clipping, weight decay (`add_decayed_weights`) and the schedule act on the
     server, with live parameters and the server's update count. The learning rate is a value of the
@@ -181,14 +198,22 @@ def make_server(
         clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
         direction = _direction(config, process, values.momentum)
         # AdamW decouples the decay from the preconditioner; elsewhere it is part of the gradient.
-        decoupled = config.optimizer == "adamw"
+        decoupled = config.optimizer in ("adamw", "nadamw")
+        method = config.compensate
+        compensation = [] if method == "none" else [COMPENSATIONS[method](config, learning_rate)]
+        remembered = [remember_update()] if config.predict == "last_update" else []
+        coupled = [] if decoupled else decay
+        # Gap-Aware shrinks an L2 term with the rest of its gradient.
+        first, then = (coupled, compensation) if method == "gap_aware" else (compensation, coupled)
         return optax.chain(
             *clip,
-            *([] if decoupled else decay),
+            *first,
+            *then,
             direction,
             *(decay if decoupled else []),
             optax.scale_by_schedule(make_multiplier(config, steps_per_epoch)),
             optax.scale_by_learning_rate(learning_rate),
+            *remembered,
         )
 
     return optax.inject_hyperparams(server)(learning_rate=values.learning_rate)
@@ -197,8 +222,8 @@ def make_server(
 def _direction(
     config: ConfigDict, process: delays.DelayProcess, momentum: float | jax.Array
 ) -> optax.GradientTransformation:
-    if config.optimizer in ("adam", "adamw"):
-        return optax.scale_by_adam()
+    if config.optimizer != "sgd":
+        return adam_direction(config)
     return momentum_of(
         momentum if config.momentum else 0.0,
         process,

@@ -97,7 +97,8 @@ def abstract_step(
     samples = (_updates_of_step(config, run.process, plan, mesh) * plan.workers_per_update,
                plan.worker_batch_size)  # fmt: skip
     images: Any = jax.ShapeDtypeStruct((*samples, *image_shape), jnp.uint8)
-    labels: Any = jax.ShapeDtypeStruct(samples, jnp.int32)
+    following = image_shape if facts.is_text else ()  # a label a character
+    labels: Any = jax.ShapeDtypeStruct((*samples, *following), jnp.int32)
     if config.parallelism == "workers":
         length: Any = jax.ShapeDtypeStruct((), jnp.int32)
         return run.advance, state, RoundBatch(images, labels, length)

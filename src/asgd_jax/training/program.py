@@ -18,7 +18,9 @@ from asgd_jax.training import optimizer
 from asgd_jax.training.batch_stats import make_chains
 from asgd_jax.training.evaluate import Sums, make_measure
 from asgd_jax.training.mesh import AXIS, make_mesh
+from asgd_jax.training.recorded import make_number_of
 from asgd_jax.training.rounds_step import make_round_step
+from asgd_jax.training.staleness import is_pipeline, pipeline_delays
 from asgd_jax.training.state import PyTree, TrainState, make_init
 from asgd_jax.training.step import Preprocess, make_train_step
 from asgd_jax.transforms import stale_params
@@ -30,7 +32,7 @@ class DataSpec(NamedTuple):
     Attributes:
       plan: batch arithmetic of an epoch.
       num_classes: number of labels.
-      image_shape: (height, width, channels) of the model's input.
+      image_shape: (height, width, channels) of the model's input, (characters,) of text.
       preprocess: `preprocess(key, raw images)`: augmentation and normalisation, on the device.
       normalize: `normalize(raw images)`: normalisation alone, for evaluation.
     """
@@ -103,9 +105,13 @@ def build_run(
             chains=chains,
             mesh=make_mesh(config.num_devices) if mesh is None else mesh,
             divergence_loss=config.divergence_loss,
+            number_of=make_number_of(config),
         )
     else:
-        tx = optimizer.make_optimizer(*arguments)
+        leaf_delays = None
+        if is_pipeline(config):
+            leaf_delays = pipeline_delays(config, model, facts.image_shape)
+        tx = optimizer.make_optimizer(*arguments, leaf_delays=leaf_delays)
         init_optimizer, stale = tx.init, _stale_of
         advance = make_train_step(
             model,
@@ -115,6 +121,7 @@ def build_run(
             chains=chains,
             axis_name=AXIS if config.parallelism == "pmap" else None,
             mesh=mesh if config.parallelism == "jit" else None,
+            number_of=make_number_of(config),
         )
 
     def init(key: jax.Array, params: PyTree | None = None) -> TrainState:

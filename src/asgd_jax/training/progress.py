@@ -54,6 +54,18 @@ def add_chunk(
     )
 
 
+def describe_row(row: Row) -> str:
+    """Returns what the progress bar says of a row, beside how far the run is and how long it takes.
+
+    >>> describe_row({"train_loss": 0.31, "train_error": 0.082, "staleness_mean": 31.0})
+    'loss 0.31, error 8.2%, staleness 31'
+    """
+    error = f"error {row['train_error']:.1%}"
+    if row.get("validation_error") is not None:
+        error += f" (validation {row['validation_error']:.1%})"
+    return f"loss {row['train_loss']:.3g}, {error}, staleness {row['staleness_mean']:.3g}"
+
+
 def staleness_summary(histogram: Sequence[int] | np.ndarray) -> tuple[float, int]:
     """Returns the mean and the largest staleness of a histogram of counts.
 

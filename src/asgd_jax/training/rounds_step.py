@@ -107,6 +107,7 @@ def make_round_step(
     chains: BatchStatsChains,
     mesh: Mesh,
     divergence_loss: float,
+    number_of: Callable[[jax.Array], jax.Array] = lambda update: update,
 ) -> RoundStep:
     """Returns the rounds of a run; arguments as of `make_train_step`.
 
@@ -135,7 +136,8 @@ def make_round_step(
         places = jnp.minimum(jnp.arange(num_updates, dtype=jnp.int32), batch.length - 1)
         updates = state.step + places
         staleness = jax.vmap(lambda update: staleness_of(state.key, update))(updates)
-        keys = jax.vmap(lambda update: jax.random.fold_in(state.key, update))(updates)
+        numbers = jax.vmap(number_of)(updates)
+        keys = jax.vmap(lambda number: jax.random.fold_in(state.key, number))(numbers)
         zeros = _zero_stats(chains, state)
 
         def of_worker(params: PyTree, given: Any) -> tuple[PyTree, Any]:

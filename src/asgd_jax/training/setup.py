@@ -15,6 +15,7 @@ from asgd_jax.training.evaluate import Sums, pad_to_batches, round_up
 from asgd_jax.training.feed import Feed, first_inputs, open_feed, plan_of
 from asgd_jax.training.placement import Placement, by_worker, jitted, pmapped
 from asgd_jax.training.program import Run, build_run, make_model
+from asgd_jax.training.recorded import refuse_real_workers
 from asgd_jax.training.rounds_step import check_workers, round_sharding
 from asgd_jax.training.state import PyTree, TrainState
 
@@ -37,6 +38,7 @@ def set_up(config: ConfigDict) -> Setup:
       DatasetNotFoundError: when the data is neither prepared nor downloadable.
     """
     validate_config(config)
+    refuse_real_workers(config)
     make_model(config, num_classes=1)  # a bad name or option is refused before data is read
     mesh = devices.make_mesh(config.num_devices)
     if config.parallelism == "pmap" and jax.process_count() > 1:

@@ -104,7 +104,8 @@ def make_gradient(
         if len(labels) == 1 or not jax.tree.leaves(batch_stats):
             # One worker, or samples that nothing couples: one batch is the same and quicker.
             images = images.reshape(-1, *images.shape[2:])
-            loss, error, new_stats = worker_loss(params, batch_stats, images, labels.reshape(-1))
+            labels = labels.reshape(-1, *labels.shape[2:])
+            loss, error, new_stats = worker_loss(params, batch_stats, images, labels)
             return loss, (new_stats, loss, error)
         losses, errors, new_stats = jax.vmap(worker_loss, in_axes=(None, None, 0, 0))(
             params, batch_stats, images, labels
@@ -149,6 +150,7 @@ def make_train_step(
     chains: BatchStatsChains | None = None,
     axis_name: str | None = None,
     mesh: Mesh | None = None,
+    number_of: Callable[[jax.Array], jax.Array] = lambda update: update,
 ) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`, pure, to be jitted, scanned, vmapped.
 
@@ -161,6 +163,7 @@ def make_train_step(
       chains: how BatchNorm's running statistics are kept; one chain on the server by default.
       axis_name: under `pmap`, the axis whose members average gradients and running statistics.
       mesh: under `jit`, the devices that share every worker's samples.
+      number_of: `number_of(update)`: the number of its batch, which names its random key.
     """
     gradient = make_gradient(model, preprocess, label_smoothing, mesh=mesh)
     chains = make_chains("server", 0) if chains is None else chains
@@ -168,7 +171,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         staleness = state.opt_state.staleness  # of this gradient: read before the update
         stats = chains.read(state.batch_stats, state.step, staleness)
-        key = jax.random.fold_in(state.key, state.step)
+        key = jax.random.fold_in(state.key, number_of(state.step))
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
@@ -189,10 +192,3 @@ def make_train_step(
 def _with_norm(found: tuple[PyTree, tuple[Any, ...]]) -> tuple[PyTree, tuple[Any, ...]]:
     gradients, rest = found
     return gradients, (*rest, optax.tree.norm(gradients))
-
-
-def gap(params: PyTree, stale: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
-    r"""Returns $|x_t|$, $|x_t - x_{stale}|$ and the latter over the former, Euclidean norms."""
-    norm = optax.tree.norm(params)
-    distance = optax.tree.norm(jax.tree.map(jnp.subtract, params, stale))
-    return norm, distance, distance / norm

@@ -32,6 +32,7 @@ class RunValues(NamedTuple):
     Attributes:
       optimizer: learning rate, momentum (float32) and seed (int32).
       staleness: int32 array; that of update t is entry t modulo its length.
+      expected_staleness: int32, its mean, by which predictions look ahead.
       epochs_per_row: int32, epochs between two measurements.
       leave_loss: float32; a run ends when its loss on the whole training set, in evaluation mode,
         exceeds it at two measurements in a row. Infinity measures no such loss.
@@ -39,6 +40,7 @@ class RunValues(NamedTuple):
 
     optimizer: Values
     staleness: Any
+    expected_staleness: Any
     epochs_per_row: Any
     leave_loss: Any
 
@@ -85,6 +87,7 @@ def put_samples(dataset: Dataset, batch_size: int, *, full_train: bool) -> Sampl
 
 
 WholeRun = Callable[[RunValues, Samples, PyTree | None], tuple[Curve, PyTree]]
+Program = Callable[[RunValues, Samples, PyTree | None], Curve]  # of a block of runs
 
 
 class Shared(NamedTuple):
@@ -164,7 +167,12 @@ def make_whole_run(shared: Shared) -> WholeRun:
 def _delay_process(values: RunValues, max_delay: int) -> DelayProcess:
     """The recorded staleness, whose length is the program's and whose values are the run's."""
     length = values.staleness.shape[0]
-    return DelayProcess(max_delay, None, lambda key, step: values.staleness[step % length])
+    return DelayProcess(
+        max_delay,
+        None,
+        lambda key, step: values.staleness[step % length],
+        mean=values.expected_staleness,
+    )
 
 
 def _make_train_row(
@@ -211,9 +219,7 @@ def _empty_curve(num_rows: int) -> Curve:
     return Curve(counts, *(numbers,) * 6, counts + NOT_DIVERGED)
 
 
-def compile_runs(
-    run: WholeRun, runs_at_once: int, num_devices: int | None
-) -> Callable[[RunValues, Samples, PyTree | None], Curve]:
+def compile_runs(run: WholeRun, runs_at_once: int, num_devices: int | None) -> Program:
     """Returns the program for a block of runs, split over the devices.
 
     Each device takes its share of the leading axis, `runs_at_once` at a time by `vmap` and the

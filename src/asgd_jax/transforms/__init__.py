@@ -11,10 +11,17 @@ from asgd_jax.transforms.resize import resize_history
 from asgd_jax.transforms.round_server import Rounds, RoundState
 from asgd_jax.transforms.rounds import rounds
 from asgd_jax.transforms.stale import has_history, stale_params
+from asgd_jax.transforms.stale_gradient import (
+    DelayMetrics,
+    distance_to_stale,
+    metrics,
+    value_and_grad,
+)
 from asgd_jax.transforms.update import delayed_sgd, momentum_of, update_params
 
 __all__ = [
     "DelayGradientsState",
+    "DelayMetrics",
     "DelayedState",
     "RoundState",
     "Rounds",
@@ -22,7 +29,9 @@ __all__ = [
     "delay_gradients",
     "delayed",
     "delayed_sgd",
+    "distance_to_stale",
     "has_history",
+    "metrics",
     "momentum_of",
     "resize_history",
     "rounds",
@@ -30,4 +39,5 @@ __all__ = [
     "shifted_trace",
     "stale_params",
     "update_params",
+    "value_and_grad",
 ]

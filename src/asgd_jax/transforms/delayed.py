@@ -8,7 +8,12 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from asgd_jax.delays.processes import DelayProcess, as_integer, as_process
+from asgd_jax.delays.processes import (
+    DelayProcess,
+    as_integer,
+    as_process,
+    expected_staleness,
+)
 from asgd_jax.predict import Predict
 from asgd_jax.transforms.accumulation import accumulate, init_accumulation, update_if
 from asgd_jax.transforms.hand_down import hand_down
@@ -138,8 +143,9 @@ def delayed(
       predict: `predict(params, inner_state, staleness)`, what is remembered in the place of the
         parameters: where they are expected to be once the gradient arrives, see `asgd_jax.predict`.
         Called at every update with the live parameters, the state of `inner` and the expected
-        staleness (int32, the rounded mean of a random delay; by leaf a pytree). In the start-up
-        ramp, too, x_0 is predicted for the whole of it, which shows only with weight decay.
+        staleness (int32; of a random or recorded delay its mean, rounded; by leaf a pytree). In
+        the start-up ramp, too, x_0 is predicted for the whole of it, which shows only with weight
+        decay. A gradient of staleness 0 is taken at the live parameters, not at a prediction.
       drop_stale: int >= 1; a gradient of this staleness or more is dropped and advances nothing: no
         parameter, no inner state, no version (Ringmaster ASGD). The process goes on with the next
         gradient, so that what is applied has its distribution below the limit.
@@ -256,7 +262,10 @@ def _check_drop(limit: Any, process: DelayProcess | None, every: int) -> None:
         raise ValueError(
             f"drop_stale={limit} needs one delay for all leaves: a gradient is dropped as a whole"
         )
-    if process.pmf is not None and not np.any(np.asarray(process.pmf)[:limit]):
+    some = process.min_delay < limit
+    if process.pmf is not None:
+        some = bool(np.any(np.asarray(process.pmf)[:limit]))
+    if not some:
         raise ValueError(
             f"drop_stale={limit} drops every gradient of this delay, which is never below it"
         )
@@ -300,10 +309,8 @@ def _foresee(
         ahead = jax.tree.map(jnp.int32, kept.delays)
         foreseen = predict(params, inner_state, ahead)
         return kept._replace(params=only_delayed(foreseen, kept.delays))
-    mean = process.max_delay
-    if process.pmf is not None:
-        mean = round(float(np.arange(len(process.pmf)) @ np.asarray(process.pmf)))
-    return kept._replace(params=predict(params, inner_state, jnp.int32(mean)))
+    ahead = jnp.asarray(expected_staleness(process), jnp.int32)
+    return kept._replace(params=predict(params, inner_state, ahead))
 
 
 def _turn(

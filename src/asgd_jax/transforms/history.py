@@ -52,6 +52,9 @@ class _Template:
     def __hash__(self) -> int:
         return hash(_Template)
 
+    def __repr__(self) -> str:  # structures are compared as text, too
+        return "Ring"
+
 
 def _flatten_with_keys(ring: Ring) -> tuple[tuple[Any, ...], _Template]:
     return ((jax.tree_util.GetAttrKey("slots"), ring.slots),), _Template(_is_empty(ring.slots))

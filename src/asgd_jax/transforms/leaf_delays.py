@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from asgd_jax.delays.processes import DelayProcess, as_integer
-from asgd_jax.transforms.history import PyTree, is_none
+from asgd_jax.transforms.history import PyTree
 
 KeyPath = tuple[Any, ...]
 LeafDelays = Mapping[str, Any] | list[Any] | tuple[Any, ...] | Callable[[KeyPath], int]
@@ -78,9 +78,7 @@ def only_delayed(params: PyTree, delays: PyTree) -> PyTree:
     >>> only_delayed({"a": 1.0, "b": 2.0}, {"a": 3, "b": 0})
     {'a': 1.0, 'b': MaskedNode()}
     """
-    return jax.tree.map(
-        lambda leaf, delay: leaf if delay else optax.MaskedNode(), params, delays, is_leaf=is_none
-    )
+    return jax.tree.map(lambda leaf, delay: leaf if delay else optax.MaskedNode(), params, delays)
 
 
 def longest(delays: PyTree) -> int:

@@ -32,8 +32,7 @@ def stale_params(state: optax.OptState, params: PyTree) -> PyTree:
     >>> stale_params(delayed(optax.sgd(0.1), delay=2).init(jnp.ones(2)), jnp.ones(2))
     Array([1., 1.], dtype=float32)
     """
-    nodes = jax.tree.leaves(state, is_leaf=_is_delayed_state)
-    found = [node for node in nodes if _is_delayed_state(node)]
+    found = delayed_states(state)
     if not found:
         raise ValueError(
             f"no DelayedState in an optimizer state of type {type(state).__name__}: "
@@ -63,7 +62,17 @@ def has_history(state: optax.OptState) -> bool:
     >>> has_history(optax.sgd(0.1).init(jnp.ones(2)))
     False
     """
-    return any(map(_is_delayed_state, jax.tree.leaves(state, is_leaf=_is_delayed_state)))
+    return bool(delayed_states(state))
+
+
+def delayed_states(state: optax.OptState) -> list[Any]:
+    """Returns every state of `delayed` in an optimizer state, at whatever depth.
+
+    >>> delayed_states(optax.sgd(0.1).init(jnp.ones(2)))
+    []
+    """
+    nodes = jax.tree.leaves(state, is_leaf=_is_delayed_state)
+    return [node for node in nodes if _is_delayed_state(node)]
 
 
 def _refuse_misplaced(path: Any, leaf: Any, live: dict[Any, Any], chosen: dict[Any, Any]) -> None:
