@@ -25,10 +25,10 @@ CAPTION = (
     "at every epoch, also before the algorithm has converged."
 )
 WHY = (
-    "within the first epoch sharpness leaps far above the edge and the run is thrown back: from the "
-    "authors' initialisation at eq. 8's rate it is 33 after a quarter of an epoch and 2.8 after "
-    "half, with the edge at 4.8; from Flax's it starts at 103. A smaller rate is thrown back less. "
-    "From epoch 2 on the best rate is within a step of the grid, from both."
+    "within the first epoch sharpness leaps far above the edge and the run is thrown back: at eq. "
+    "8's rate, from the authors' initialisation, it is 33 after a quarter of an epoch and 2.8 "
+    "after half, with the edge at 4.8; from Flax's it starts at 105. A smaller rate is thrown back "
+    "less. From epoch 2 on the best rate is within a step of the grid, from both."
 )
 PRESETS = fig01.PRESETS
 run = fig01.run
