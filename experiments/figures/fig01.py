@@ -38,7 +38,7 @@ DELAY = int(mnist_cnn.get_config("asgd").delay)
 # The authors' framework starts weights and biases uniform within 1/sqrt(fan in), Flax with LeCun's
 # normal weights, whose variance is three times as large, and no bias.
 TORCH, FLAX = "torch", "flax"
-INITIALIZERS = {TORCH: "the authors' initialisation", FLAX: "Flax's initialisation"}
+STARTS = {TORCH: "the authors' initialisation", FLAX: "Flax's initialisation"}
 
 WHOLE, EARLY, SHARPNESS = "whole run", "within an epoch", "sharpness"  # the column series
 
@@ -49,6 +49,7 @@ def _preset(
     flax_seeds: Sequence[int],
     sharpness_epochs: Sequence[float],
     num_sharpness: int,
+    starts: Sequence[str] = tuple(STARTS),
     **overrides: Any,
 ) -> ConfigDict:
     """Learning rates are those of eq. 8 times `factors`, the exact one and the baseline's own.
@@ -63,7 +64,7 @@ def _preset(
             "factors": tuple(factors),
             "seeds": tuple(seeds),
             "flax_seeds": tuple(flax_seeds),
-            "initializers": tuple(INITIALIZERS),
+            "initializers": tuple(starts),
             "early_epochs": (0.25, 0.5),
             "sharpness_epochs": tuple(sharpness_epochs),
             "num_sharpness": num_sharpness,
@@ -76,7 +77,7 @@ _DIGITS: dict[str, Any] = {"dataset": "digits", "model": "digits_cnn", "worker_b
 _MARKS = (0, 0.25, 0.5, 1, 2, 5, 10)
 PRESETS = {
     "smoke": _preset(
-        (0.5, 1.0, 2.0), (0, 1), (0, 1), (0, 1), 64, **_DIGITS, epochs=3, num_devices=1
+        (0.5, 1.0, 2.0), (0, 1), (), (0, 1), 64, (TORCH,), **_DIGITS, epochs=3, num_devices=1
     ),
     "cpu": _preset(_SCAN, range(5), range(3), _MARKS, 1000, epochs=10),
     "paper": _preset(_SCAN, range(5), range(5), (*_MARKS, 20, 50), 10_000, epochs=50),
@@ -152,7 +153,7 @@ def whole_runs(records: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def claims(records: pd.DataFrame) -> list[Claim]:
     """Checks the gap at the baseline's rate, what diverges, and where the best rate lies."""
     return [
-        claim._replace(claim=f"{INITIALIZERS[name]}: {claim.claim}")
+        claim._replace(claim=f"{STARTS[name]}: {claim.claim}")
         for name, rows in whole_runs(records).items()
         for claim in _claims(rows)
     ]
@@ -212,10 +213,10 @@ def plot(records: pd.DataFrame) -> Any:
     )
     first = next(iter(runs))
     _plot_curves(axes[0], runs[first], range(1, last + 1))
-    axes[0].set_title(f"training from {INITIALIZERS[first]}\na line a seed")
+    axes[0].set_title(f"training from {STARTS[first]}\na line a seed")
     for axis, (name, rows) in zip(axes[1:], runs.items(), strict=True):
         _plot_final(axis, rows, last, rates)
-        axis.set_title(f"after {last} epochs, from\n{INITIALIZERS[name]}")
+        axis.set_title(f"after {last} epochs, from\n{STARTS[name]}")
     # One range for all: from the best seed to the error of a guess.
     low = 80 * min(rows.validation_error.min() for rows in runs.values())
     for axis in axes:

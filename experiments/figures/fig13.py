@@ -12,8 +12,8 @@ from experiments.figures import fig01
 from experiments.figures.fig01 import (
     DELAY,
     EARLY,
-    INITIALIZERS,
     SHARPNESS,
+    STARTS,
     eq_8_of,
     rates_of,
     whole_runs,
@@ -40,7 +40,7 @@ def claims(records: pd.DataFrame) -> list[Claim]:
     """Checks the best rate at every epoch drawn, against eq. 8's."""
     return [
         at_most(
-            f"{INITIALIZERS[name]}: distance of the best rate from eq. 8's at epoch {epoch:g}, as "
+            f"{STARTS[name]}: distance of the best rate from eq. 8's at epoch {epoch:g}, as "
             "a factor",
             factor,
             NEXT_RATE,
@@ -57,7 +57,7 @@ def notes(records: pd.DataFrame) -> dict[str, Any]:
         far = [epoch for epoch, factor in _distances(records, name).items() if factor > NEXT_RATE]
         epochs = list(_distances(records, name))
         later = [epoch for epoch in epochs if not far or epoch > max(far)]
-        since[INITIALIZERS[name]] = min(later) if later else None
+        since[STARTS[name]] = min(later) if later else None
     return {"epoch from which the best rate is within a grid step of eq. 8's": since}
 
 
@@ -97,13 +97,13 @@ def _plot_errors(axis: Any, records: pd.DataFrame, name: str) -> None:
         axis.plot(rates[best], values[best], "o", markersize=14, fillstyle="none", color=colour)
     axis.set(xlabel="learning rate", ylabel="validation error (%)")
     style.plain_log(axis, "x", "y")
-    axis.set_title(f"from {INITIALIZERS[name]}")
+    axis.set_title(f"from {STARTS[name]}")
     axis.legend(fontsize=9)
 
 
 def _plot_sharpness(axis: Any, records: pd.DataFrame) -> None:
     """Sharpness along S-SGD and along A-SGD at eq. 8's rate, and the edge of either."""
-    colours = dict(zip(INITIALIZERS, (style.BLUE, style.ORANGE), strict=True))
+    colours = dict(zip(STARTS, (style.BLUE, style.ORANGE), strict=True))
     for (name, delay), rows in records.groupby(["initializer", "delay"], sort=False):
         axis.plot(
             rows.epoch,
@@ -112,7 +112,7 @@ def _plot_sharpness(axis: Any, records: pd.DataFrame) -> None:
             linestyle="--" if delay == 0 else "-",
             marker="o",
             markersize=4,
-            label=f"{'S-SGD' if delay == 0 else 'A-SGD, eq. 8'}, {INITIALIZERS[name]}",
+            label=f"{'S-SGD' if delay == 0 else 'A-SGD, eq. 8'}, {STARTS[name]}",
         )
     for (delay, rate), _ in records.groupby(["delay", "learning_rate"]):
         edge = stability.max_learning_rate(int(delay)) / rate
