@@ -6,9 +6,10 @@ PY := .venv/bin/python
 export TFDS_DATA_DIR ?= $(firstword $(wildcard ../shared/tfds) $(HOME)/tensorflow_datasets)
 
 .PHONY: demo test test-long test-fast matrix lint figures audit bench docs dist format clean
+# No bytecode ahead of time: most modules of these packages are never imported.
 .venv/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --requirement requirements.txt
+	$(PY) -m pip install --quiet --no-compile --requirement requirements.txt
 	$(PY) -m pip install --quiet --no-deps --editable .
 	@touch $@
 
