@@ -96,7 +96,7 @@ _CIFAR: dict[str, Any] = {
     "eval_batch_size": 500,
     "learning_rate": 0.1,
     "eval_every_epochs": 2,
-    "epochs": 20,
+    "epochs": 12,
 }
 
 
