@@ -85,7 +85,7 @@ def reach_minimum(config: ConfigDict, work: Path) -> Start:
     """
     validate_config(config)
     dataset = load_dataset(config)
-    params = _trained(config, dataset, work / "minimum.npz")
+    params = trained_params(config, dataset, work / "minimum.npz")
     batches = _training_batches(config, dataset)
     loss, error = (
         float(np.mean([measure(params, batch) for batch in batches]))
@@ -106,7 +106,7 @@ def loss_at_minimum(config: ConfigDict, dataset: Dataset) -> curvature.LossFn:
     return batch_mean(config, dataset, smoothed)
 
 
-def _trained(config: ConfigDict, dataset: Dataset, file: Path) -> PyTree:
+def trained_params(config: ConfigDict, dataset: Dataset, file: Path) -> PyTree:
     """The parameters at the end of a run: those in the file, or else trained and written there.
 
     Beside them lies what they were trained from: `refuse_mismatch` names what differs from it.

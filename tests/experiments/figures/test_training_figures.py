@@ -24,7 +24,6 @@ from experiments.figures import (
     fig03,
     fig05,
     fig09,
-    fig11,
     spikes,
     training_runs,
 )
@@ -39,11 +38,12 @@ def committed(folder):
 
 
 def training_configs(config):
-    return [
-        value
-        for value in config.values()
-        if isinstance(value, ConfigDict) and set(value) == set(default_config())
-    ]
+    """Those of runs, in a preset or its panels."""
+    for value in config.values():
+        if isinstance(value, ConfigDict) and set(value) == set(default_config()):
+            yield value
+        elif isinstance(value, ConfigDict):
+            yield from training_configs(value)
 
 
 @pytest.mark.parametrize("figure", [figure for group in GROUPS for figure in group])
@@ -52,8 +52,10 @@ def test_presets_differ_in_configuration_only(figure):
     assert set(presets) == {"smoke", "cpu", "paper"}
     assert len({tuple(sorted(config)) for config in presets.values()}) == 1
     for config in presets.values():
-        (train,) = training_configs(config)
-        validate_config(train)
+        found = list(training_configs(config))
+        assert found
+        for train in found:
+            validate_config(train)
 
 
 @pytest.mark.parametrize("group", GROUPS, ids="+".join)
@@ -160,16 +162,6 @@ def test_equivalence_of_delays_is_the_paired_test():
     assert claim.interval == pytest.approx(tuple(expected), rel=1e-9)
 
 
-def test_spikes_are_counted_by_the_stated_rule():
-    rng = np.random.default_rng(0)
-    calm = 0.05 + 0.005 * rng.random(60)
-    assert fig11.count_spikes(calm) == 0
-    calm[[10, 40, 41, 50]] = 0.5  # the first half does not count, neighbours count once
-    assert fig11.count_spikes(calm) == 2
-    falling = np.linspace(1.0, 0.0, 60)
-    assert fig11.count_spikes(falling) == 0
-
-
 def spiky(arms):
     """A table of fig. 11 (a): calm runs of 400 epochs, with so many spikes a run of an arm."""
     rows = []
@@ -195,7 +187,7 @@ AS_PREDICTED = {
 
 def test_the_order_of_arms_is_that_of_poisson_intervals():
     assert all(claim.holds for claim in spikes.claims(spiky(AS_PREDICTED)))
-    exposure = 5 * 399 * 90 / 1000
+    exposure = 5 * (399 - 3) * 90 / 1000  # an epoch that follows a spike is at no risk
     found = spikes.spike_rate(spikes.spike_table(spiky(AS_PREDICTED)), spikes.NONE, 0.06)
     assert found.value == pytest.approx(15 / exposure)
     # The ends are the means at which so many, or so few, are seen in 2.5 % of all cases.
@@ -220,4 +212,5 @@ def test_every_claim_on_spikes_can_fail(change, failing):
 def test_a_run_that_never_settles_is_at_no_risk():
     assert spikes.count_crossings(np.full(10, 0.3)) == (0, 0)
     assert np.isnan(spikes.poisson_rate(0, 0.0)).all()
-    assert spikes.count_crossings(np.array([0.001, np.nan, np.nan])) == (1, 2)
+    # Nor is one that has left and does not come back, from then on.
+    assert spikes.count_crossings(np.array([0.001, np.nan, np.nan])) == (1, 1)

@@ -1,0 +1,146 @@
+"""Figure 11 (b): spikes of the training error of a ResNet at a constant rate, counted, by arm.
+
+S-SGD trains to a minimum with a training error below 2 %. From there, the history full of that
+point, every arm goes on at the same constant learning rate, as in the paper. Undamped momentum has
+a step ten times as large; damped it has that of the other two.
+
+A spike is what it is in (a), of the training error of an epoch's own updates: batch normalisation
+makes the error on the whole set one of running averages, which lag.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from ml_collections import ConfigDict
+
+from asgd_jax.training.feed import load_dataset
+from asgd_jax.training.folder.table import Record
+from asgd_jax.training.sweep import sweep
+from configs import cifar10_resnet44
+from experiments import style
+from experiments.claims import Claim, at_most
+from experiments.edges.minibatch import trained_params
+from experiments.figures.spikes import SPIKE, Rate, more_often, spike_rate, spike_table
+from experiments.figures.training_runs import (
+    did_diverge,
+    run_points,
+    select,
+    with_arm,
+    with_overrides,
+)
+
+START = "S-SGD, to the minimum"
+UNDAMPED, DAMPED = "standard momentum", "standard momentum, damped"
+NONE, SHIFTED = "no momentum", "shifted momentum"
+COLOURS = {UNDAMPED: style.PURPLE, DAMPED: style.RED, NONE: style.ORANGE, SHIFTED: style.BLUE}
+_FIELDS = ("momentum", "momentum_kind", "dampening")
+_RECIPES = {
+    UNDAMPED: "standard",
+    DAMPED: "standard_damped",
+    NONE: "no_momentum",
+    SHIFTED: "shifted",
+}
+_ERROR = "train_error"
+# Where the one arm left and the other stayed; of pilots, seed 200, from the minimum of seed 0.
+_ORDER = ((UNDAMPED, NONE, 0.03), (DAMPED, SHIFTED, 0.06), (NONE, SHIFTED, 0.06))
+
+
+def preset(
+    start: dict[str, Any], rates: Sequence[float], seeds: Sequence[int], **overrides: Any
+) -> ConfigDict:
+    """Returns the configuration of the panel.
+
+    Args:
+      start: what S-SGD's run to the minimum has in the place of the arms' own.
+      rates: constant learning rates of the arms.
+      seeds: of the order of the samples; the minimum is one and the same.
+      overrides: of both.
+    """
+    train = with_overrides(
+        cifar10_resnet44.get_config("no_momentum"), learning_rate_rule="none", **overrides
+    )
+    to_minimum = with_overrides(
+        train.copy_and_resolve_references(), delay=0, num_workers=1, **start
+    )
+    return ConfigDict(
+        {"start": to_minimum, "train": train, "rates": tuple(rates), "seeds": tuple(seeds)}
+    )
+
+
+def run(config: ConfigDict, work: Path) -> list[Record]:
+    """Returns the curve of S-SGD to the minimum, then those of every arm, rate and seed."""
+    folder = work / "resnet_spikes"
+    descent = sweep(config.start, [{"seed": config.start.seed}], work=folder / "start")
+    minimum = trained_params(config.start, load_dataset(config.start), folder / "minimum.npz")
+    recipes = {arm: cifar10_resnet44.get_config(recipe) for arm, recipe in _RECIPES.items()}
+    arms = {arm: {name: recipe[name] for name in _FIELDS} for arm, recipe in recipes.items()}
+    points = [{**arm, "learning_rate": rate} for arm in arms.values() for rate in config.rates]
+    records = sweep(
+        config.train, run_points(points, config.seeds), work=folder / "arms", initial=minimum
+    )
+    rate = config.start.learning_rate
+    first = [{**row, "arm": START, "learning_rate": rate} for row in descent]
+    return first + with_arm(records, arms)
+
+
+def claims(records: pd.DataFrame) -> list[Claim]:
+    """Checks that the arms start at a minimum, and their order where one leaves it.
+
+    An order is tested at the rate of the grid that is nearest to that of `_ORDER`.
+    """
+    table = spike_table(_arms(records), _ERROR)
+    rates = np.sort(table.learning_rate.unique())
+    found = [
+        at_most(
+            "(b) training error at the minimum of S-SGD",
+            float(select(records, arm=START)[_ERROR].iloc[-1]),
+            SPIKE,
+        )
+    ]
+    for first, second, wanted in _ORDER:
+        rate = float(rates[np.argmin(np.abs(rates - wanted))])
+        more, less = (spike_rate(table, arm, rate) for arm in (first, second))
+        found.append(more_often(f"(b) at {rate:g}", (first, more), (second, less)))
+    return found
+
+
+def notes(records: pd.DataFrame) -> dict[str, Any]:
+    """Returns spikes per 1,000 updates of every arm and rate, and their 95 % intervals."""
+    table = spike_table(_arms(records), _ERROR)
+    return {
+        f"(b) {arm}, {rate:g}: spikes per 1,000 updates": list(spike_rate(table, arm, float(rate)))
+        for arm in COLOURS
+        for rate in np.sort(table.learning_rate.unique())
+    }
+
+
+def plot(axes: Sequence[Any], records: pd.DataFrame) -> None:
+    """Draws the training error of every epoch at the largest rate, an axis an arm."""
+    records = _arms(records)
+    rate = float(records.learning_rate.max())
+    table = spike_table(records, _ERROR)
+    floor = 0.5 / 256  # of an error that is drawn: half an image
+    for axis, (arm, colour) in zip(axes, COLOURS.items(), strict=True):
+        mine = select(records, arm=arm, learning_rate=rate)
+        for _, rows in mine.groupby("seed"):
+            axis.plot(rows.epoch, 100 * rows[_ERROR].clip(lower=floor), color=colour, linewidth=0.8)
+        axis.axhline(100 * SPIKE, color="0.4", linestyle=":", linewidth=1.2)
+        axis.set_title(f"{arm}\n{_text(spike_rate(table, arm, rate), did_diverge(mine))}")
+        axis.set(xlabel="epoch", ylim=(100 * floor / 1.5, 110))
+        style.plain_log(axis, "y")
+    axes[0].set_ylabel(f"ResNet, rate {rate:g}: training error (%)")
+
+
+def _text(rate: Rate, diverged: bool) -> str:
+    if diverged:
+        return "diverges"
+    if not np.isfinite(rate.value):
+        return "never settles"
+    return f"{rate.value:.2g} [{rate.low:.2g}, {rate.high:.2g}] spikes / 1,000 updates"
+
+
+def _arms(records: pd.DataFrame) -> pd.DataFrame:
+    return records[records.arm != START]
