@@ -17,6 +17,7 @@ def setting(config: Mapping[str, Any]) -> dict[str, str]:
     >>> setting({"max_delay": 64})
     {'sort': 'numeric: thresholds, no training'}
     """
+    config = config.get("resnet", config)  # fig. 11: the panel that is the paper's
     train = config.get("train", config.get("start"))
     if train is None:
         for field, words in _OWN_WORDS.items():
@@ -32,7 +33,7 @@ def setting(config: Mapping[str, Any]) -> dict[str, str]:
         "data": f"{train['dataset']}, {images:,} {'windows' if facts.is_text else 'images'}",
         "epochs": f"{train['epochs']:g} epochs",
         "batch": f"batch {config.get('worker_batch_size', train['worker_batch_size'])} a worker",
-        "workers": "" if "start" in config else f"{train['num_workers']} workers",
+        "workers": "" if "train" not in config else f"{train['num_workers']} workers",
         "smoothing": f"label smoothing {train['label_smoothing']:g}",
         "delays": f"delays {_listed(config['delays'])}" if "delays" in config else "",
         "seeds": f"{len(config['seeds'])} seed" + "s" * (len(config["seeds"]) > 1),

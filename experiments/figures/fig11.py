@@ -68,17 +68,17 @@ def _start(learning_rate: float, epochs: int) -> dict[str, Any]:
 PRESETS = {
     "smoke": _preset(
         spikes.PRESETS["smoke"],
-        spikes_resnet.preset(_start(0.03, 4), (0.03, 0.06), (0,), **_DIGITS, epochs=4),
+        spikes_resnet.resnet_preset(_start(0.03, 4), (0.03, 0.06), (0,), **_DIGITS, epochs=4),
     ),
     "cpu": _preset(
         spikes.PRESETS["cpu"],
-        spikes_resnet.preset(
+        spikes_resnet.resnet_preset(
             _start(0.03, 200), (0.03, 0.06, 0.12), range(5), **_RESNET, epochs=120
         ),
     ),
     "paper": _preset(
         spikes.PRESETS["paper"],
-        spikes_resnet.preset(_start(0.1, 200), (0.05, 0.1, 0.2), range(3), epochs=200),
+        spikes_resnet.resnet_preset(_start(0.1, 200), (0.05, 0.1, 0.2), range(3), epochs=200),
     ),
 }
 
@@ -109,10 +109,14 @@ def notes(records: pd.DataFrame) -> dict[str, Any]:
 
 
 def plot(records: pd.DataFrame) -> Any:
-    """Returns the figure: (a) spikes by rate; (b) training error by epoch, a panel an arm."""
+    """Returns the figure: spikes by rate, of digits and the ResNet; its training error by epoch."""
     digits, resnet = _panels(records)
-    figure, axes = style.new_figure(1 + len(spikes_resnet.COLOURS), width=4.2, height=4)
+    figure, axes = style.new_figure(3, width=5.4, height=4.4)
     spikes.plot(axes[0], digits)
-    spikes_resnet.plot(axes[1:], resnet)
-    figure.suptitle(f"Spikes of the training error at constant rates, delay {DELAY}", fontsize=14)
+    spikes_resnet.plot_rates(axes[1], resnet)
+    spikes_resnet.plot_errors(axes[2], resnet)
+    figure.suptitle(
+        f"Constant rates, delay {DELAY}: shifted momentum spikes last, bars 95 % intervals",
+        fontsize=14,
+    )
     return figure

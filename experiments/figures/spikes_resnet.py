@@ -23,19 +23,18 @@ from configs import cifar10_resnet44
 from experiments import style
 from experiments.claims import Claim, at_most
 from experiments.edges.minibatch import trained_params
-from experiments.figures.spikes import SPIKE, Rate, more_often, spike_rate, spike_table
-from experiments.figures.training_runs import (
-    did_diverge,
-    run_points,
-    select,
-    with_arm,
-    with_overrides,
-)
+from experiments.figures.spikes import SPIKE, more_often, spike_rate, spike_table
+from experiments.figures.training_runs import run_points, select, with_arm, with_overrides
 
 START = "S-SGD, to the minimum"
 UNDAMPED, DAMPED = "standard momentum", "standard momentum, damped"
 NONE, SHIFTED = "no momentum", "shifted momentum"
-COLOURS = {UNDAMPED: style.PURPLE, DAMPED: style.RED, NONE: style.ORANGE, SHIFTED: style.BLUE}
+RESNET_COLOURS = {
+    UNDAMPED: style.PURPLE,
+    DAMPED: style.RED,
+    NONE: style.ORANGE,
+    SHIFTED: style.BLUE,
+}
 _FIELDS = ("momentum", "momentum_kind", "dampening")
 _RECIPES = {
     UNDAMPED: "standard",
@@ -48,7 +47,7 @@ _ERROR = "train_error"
 _ORDER = ((UNDAMPED, NONE, 0.03), (DAMPED, SHIFTED, 0.06), (NONE, SHIFTED, 0.06))
 
 
-def preset(
+def resnet_preset(
     start: dict[str, Any], rates: Sequence[float], seeds: Sequence[int], **overrides: Any
 ) -> ConfigDict:
     """Returns the configuration of the panel.
@@ -112,34 +111,46 @@ def notes(records: pd.DataFrame) -> dict[str, Any]:
     table = spike_table(_arms(records), _ERROR)
     return {
         f"(b) {arm}, {rate:g}: spikes per 1,000 updates": list(spike_rate(table, arm, float(rate)))
-        for arm in COLOURS
+        for arm in RESNET_COLOURS
         for rate in np.sort(table.learning_rate.unique())
     }
 
 
-def plot(axes: Sequence[Any], records: pd.DataFrame) -> None:
-    """Draws the training error of every epoch at the largest rate, an axis an arm."""
+def plot_rates(axis: Any, records: pd.DataFrame) -> None:
+    """Draws spikes per 1,000 updates at risk against the learning rate, a colour an arm."""
+    table = spike_table(_arms(records), _ERROR)
+    rates = np.sort(table.learning_rate.unique())
+    for number, (arm, colour) in enumerate(RESNET_COLOURS.items()):
+        found = [spike_rate(table, arm, float(rate)) for rate in rates]
+        bars = [[f.value - f.low for f in found], [f.high - f.value for f in found]]
+        look = {"color": colour, "fmt": "o-", "capsize": 3, "linewidth": 1.3, "label": arm}
+        axis.errorbar(rates * (1.0 + 0.02 * (number - 1.5)), [f.value for f in found], bars, **look)
+    style.plain_log(axis, "x")
+    axis.set_yscale("symlog", linthresh=1.0)
+    axis.set(xlabel="learning rate", ylabel="spikes per 1,000 updates at risk", ylim=(0, 300))
+    axis.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
+    axis.set_title("ResNet: spikes")
+    axis.legend(fontsize=9)
+
+
+def plot_errors(axis: Any, records: pd.DataFrame) -> None:
+    """Draws the training error of every epoch where the arms part, a line a seed."""
     records = _arms(records)
-    rate = float(records.learning_rate.max())
-    table = spike_table(records, _ERROR)
-    floor = 0.5 / 256  # of an error that is drawn: half an image
-    for axis, (arm, colour) in zip(axes, COLOURS.items(), strict=True):
-        mine = select(records, arm=arm, learning_rate=rate)
-        for _, rows in mine.groupby("seed"):
-            axis.plot(rows.epoch, 100 * rows[_ERROR].clip(lower=floor), color=colour, linewidth=0.8)
-        axis.axhline(100 * SPIKE, color="0.4", linestyle=":", linewidth=1.2)
-        axis.set_title(f"{arm}\n{_text(spike_rate(table, arm, rate), did_diverge(mine))}")
-        axis.set(xlabel="epoch", ylim=(100 * floor / 1.5, 110))
-        style.plain_log(axis, "y")
-    axes[0].set_ylabel(f"ResNet, rate {rate:g}: training error (%)")
-
-
-def _text(rate: Rate, diverged: bool) -> str:
-    if diverged:
-        return "diverges"
-    if not np.isfinite(rate.value):
-        return "never settles"
-    return f"{rate.value:.2g} [{rate.low:.2g}, {rate.high:.2g}] spikes / 1,000 updates"
+    rates = np.sort(records.learning_rate.unique())
+    rate = float(rates[np.argmin(np.abs(rates - _ORDER[-1][2]))])
+    lowest = records[_ERROR][records[_ERROR] > 0].min()
+    for arm, colour in RESNET_COLOURS.items():
+        for number, (_, rows) in enumerate(
+            select(records, arm=arm, learning_rate=rate).groupby("seed")
+        ):
+            errors = 100 * rows[_ERROR].clip(lower=lowest)
+            label = None if number else arm
+            axis.plot(rows.epoch, errors, color=colour, linewidth=1.0, label=label)
+    axis.axhline(100 * SPIKE, color="0.4", linestyle=":", linewidth=1.2)
+    axis.set(xlabel="epochs since the minimum", ylabel="training error (%)")
+    style.plain_log(axis, "y")
+    axis.set_title(f"ResNet at {rate:g}, a line a seed; dotted: a spike")
+    axis.legend(fontsize=9, loc="center right")
 
 
 def _arms(records: pd.DataFrame) -> pd.DataFrame:
