@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from asgd_jax import curvature
+from asgd_jax.checksum import checksum
 from asgd_jax.data.in_memory import Dataset
 from asgd_jax.training.config import validate_config
 from asgd_jax.training.feed import load_dataset, plan_of
@@ -106,10 +107,13 @@ def loss_at_minimum(config: ConfigDict, dataset: Dataset) -> curvature.LossFn:
     return batch_mean(config, dataset, smoothed)
 
 
-def trained_params(config: ConfigDict, dataset: Dataset, file: Path) -> PyTree:
+def trained_params(
+    config: ConfigDict, dataset: Dataset, file: Path, initial: PyTree | None = None
+) -> PyTree:
     """The parameters at the end of a run: those in the file, or else trained and written there.
 
-    Beside them lies what they were trained from: `refuse_mismatch` names what differs from it.
+    Beside them lies what they were trained from, `initial` parameters or the seed's:
+    `refuse_mismatch` names what differs from it.
     """
     model = make_model(config, dataset.num_classes)
     images = np.zeros((1, *dataset.train_images.shape[1:]), np.float32)
@@ -119,12 +123,14 @@ def trained_params(config: ConfigDict, dataset: Dataset, file: Path) -> PyTree:
         **rerun.data_fingerprint(config, plan_of(config, len(dataset.train_labels))),
         "epochs": config.epochs,
     }
+    if initial is not None:
+        fingerprint["initial"] = int(checksum(initial))
     # Parameters without it may be anybody's: they are trained anew.
     if holds_fingerprint(file.with_suffix(".json"), fingerprint):
         with np.load(file) as saved:
             leaves = [saved[name] for name in saved.files]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
-    params = jax.device_get(train_params(config, dataset))
+    params = jax.device_get(train_params(config, dataset, initial))
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".partial.npz")
     np.savez(unfinished, *jax.tree.leaves(params))
@@ -231,18 +237,19 @@ def find_edges(
         run(above, "above", config.divergence_loss)
     points = {pair: _point(start, steps, pair, upper, grid) for pair, upper in first}
     ends = {
-        (pair, upper): _end_sharpness(config, points[pair], start)
+        (pair, upper): _end_sharpness(config, points[pair], start, work / "ends")
         for pair, upper in first
         if grid.above
     }
     return [row for pair in pairs for row in _marked(pair, found[pair], start, ends)]
 
 
-def _end_sharpness(config: ConfigDict, point: Point, start: Start) -> float:
+def _end_sharpness(config: ConfigDict, point: Point, start: Start, work: Path) -> float:
     """Sharpness where a run ends that has left: it is made once more, and measured; NaN of none."""
     config = point_config(config, point)
     dataset = load_dataset(config)
-    params = jax.device_get(train_params(config, dataset, start.params))
+    file = work / f"delay{config.delay}_seed{config.seed}.npz"
+    params = trained_params(config, dataset, file, start.params)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
         return math.nan
     batches = _training_batches(config, dataset)

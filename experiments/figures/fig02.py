@@ -38,13 +38,6 @@ PROXY = (
     "VGG-11 with an eighth of the channels, 1,024 images of CIFAR-10, label smoothing 0.1 "
     "(so that the minimum keeps its sharpness); full-batch line: an MLP on digits"
 )
-WHY = (
-    "the edges at the large delays lie 9 and 11 % above h*/sharpness, each with the "
-    "prediction within a grid step of its bracket, and the slope rests on them. The search "
-    "went by the rule before, so rates between a run that stayed and a catapult were not run; "
-    "and where growth takes hundreds of updates an e-fold, the minimum may flatten before the "
-    "run has left."
-)
 MINI_BATCH = "mini-batch"
 FULL_BATCH = "full batch"
 EDGE_TOLERANCE = 0.12  # of an edge over h*/sharpness
@@ -174,9 +167,7 @@ def notes(records: pd.DataFrame) -> dict[str, Any]:
 
 
 def _flattened(records: pd.DataFrame) -> dict[str, Any]:
-    """How sharp it is where the smallest rate that left has ended; nothing of older tables."""
-    if "end_sharpness" not in records:
-        return {}
+    """How sharp it is where the smallest rate that left has ended."""
     ended = select(records, series=MINI_BATCH).dropna(subset="end_sharpness")
     ended = ended.drop_duplicates(["delay", "seed", "index"])
     limits = [stability.max_learning_rate(int(delay)) for delay in ended.delay]

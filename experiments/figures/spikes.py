@@ -14,7 +14,7 @@ where the order of neighbouring arms is tested, and seeds 0 and 1 at .03. The cl
 fixed after these pilots: chosen from h*/sharpness alone, both claims of order would have failed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,21 +167,36 @@ def spike_rate(table: pd.DataFrame, arm: str, rate: float) -> Rate:
     return poisson_rate(int(mine.spikes.sum()), float(mine.exposure.sum()))
 
 
-def more_often(where: str, more: tuple[str, Rate], less: tuple[str, Rate]) -> Claim:
-    """Returns the claim that one arm spikes more often than another: disjoint 95 % intervals.
+def nearest_rate(records: pd.DataFrame, wanted: float) -> float:
+    """Returns the learning rate of the grid that is nearest to one."""
+    rates = np.sort(records.learning_rate.unique())
+    return float(rates[np.argmin(np.abs(rates - wanted))])
+
+
+def order_claims(
+    table: pd.DataFrame, order: Sequence[tuple[str, str, float]], panel: str
+) -> list[Claim]:
+    """Returns claims that one arm spikes more often than another: disjoint 95 % intervals.
 
     Args:
-      where: what the claim begins with.
-      more: an arm and its rate of spikes.
-      less: the arm that is to have fewer.
+      table: of `spike_table`.
+      order: an arm, the one that is to have fewer, and the learning rate, or one near to it.
+      panel: what the claims begin with.
     """
-    return at_least(
-        f"{where}, spikes per 1,000 updates with {more[0]} ({more[1].value:.3g}) and {less[0]} "
-        f"({less[1].value:.3g}): from the upper end of the latter's 95 % interval to the lower end "
-        "of the former's",
-        more[1].low - less[1].high,
-        0.0,
-    )
+    found = []
+    for first, second, wanted in order:
+        rate = nearest_rate(table, wanted)
+        more, less = (spike_rate(table, arm, rate) for arm in (first, second))
+        found.append(
+            at_least(
+                f"{panel} at {rate:g}, spikes per 1,000 updates with {first} ({more.value:.3g}) "
+                f"and {second} ({less.value:.3g}): from the upper end of the latter's 95 % "
+                "interval to the lower end of the former's",
+                more.low - less.high,
+                0.0,
+            )
+        )
+    return found
 
 
 def predicted_edges(records: pd.DataFrame) -> dict[str, float]:
@@ -199,12 +214,7 @@ def claims(records: pd.DataFrame) -> list[Claim]:
     An order is tested at the rate of the grid that is nearest to that of `_ORDER`.
     """
     table, edges = spike_table(records), predicted_edges(records)
-    rates = np.sort(table.learning_rate.unique())
-    found = []
-    for first, second, wanted in _ORDER:
-        rate = float(rates[np.argmin(np.abs(rates - wanted))])
-        more, less = (spike_rate(table, arm, rate) for arm in (first, second))
-        found.append(more_often(f"(a) at {rate:g}", (first, more), (second, less)))
+    found = order_claims(table, _ORDER, "(a)")
     below = table[table.learning_rate <= _BELOW * table.arm.map(edges)]
     found.append(
         at_most(
@@ -233,16 +243,24 @@ def notes(records: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def plot(axis: Any, records: pd.DataFrame) -> None:
-    """Draws spikes per 1,000 updates against the learning rate, and each arm's edge."""
-    table, edges = spike_table(records), predicted_edges(records)
-    for number, (arm, colour) in enumerate(ARM_COLOURS.items()):
-        rates = np.sort(select(table, arm=arm).learning_rate.unique())
+def plot_spike_rates(
+    axis: Any, table: pd.DataFrame, colours: Mapping[str, str], apart: float
+) -> None:
+    """Draws spikes per 1,000 updates and their intervals by rate; arms stand `apart`, relative."""
+    rates = np.sort(table.learning_rate.unique())
+    for number, (arm, colour) in enumerate(colours.items()):
         found = [spike_rate(table, arm, float(rate)) for rate in rates]
         bars = [[f.value - f.low for f in found], [f.high - f.value for f in found]]
         look = {"color": colour, "fmt": "o-", "capsize": 3, "linewidth": 1.3, "label": arm}
-        axis.errorbar(rates * (1.0 + 0.006 * (number - 1)), [f.value for f in found], bars, **look)
-        axis.axvline(edges[arm], color=colour, linestyle=":", linewidth=1.6)
+        places = rates * (1.0 + apart * (number - (len(colours) - 1) / 2))
+        axis.errorbar(places, [f.value for f in found], bars, **look)
+
+
+def plot(axis: Any, records: pd.DataFrame) -> None:
+    """Draws spikes per 1,000 updates against the learning rate, and each arm's edge."""
+    plot_spike_rates(axis, spike_table(records), ARM_COLOURS, apart=0.006)
+    for arm, edge in predicted_edges(records).items():
+        axis.axvline(edge, color=ARM_COLOURS[arm], linestyle=":", linewidth=1.6)
     axis.set(xlabel="learning rate", ylabel="spikes per 1,000 updates", ylim=(0, None))
     axis.set_title("digits: spikes; dotted: the arm's edge h*/sharpness")
     axis.legend(fontsize=9)

@@ -23,8 +23,21 @@ from configs import cifar10_resnet44
 from experiments import style
 from experiments.claims import Claim, at_most
 from experiments.edges.minibatch import trained_params
-from experiments.figures.spikes import SPIKE, more_often, spike_rate, spike_table
-from experiments.figures.training_runs import run_points, select, with_arm, with_overrides
+from experiments.figures.spikes import (
+    SPIKE,
+    nearest_rate,
+    order_claims,
+    plot_spike_rates,
+    spike_rate,
+    spike_table,
+)
+from experiments.figures.training_runs import (
+    run_points,
+    select,
+    take_arms,
+    with_arm,
+    with_overrides,
+)
 
 START = "S-SGD, to the minimum"
 UNDAMPED, DAMPED = "standard momentum", "standard momentum, damped"
@@ -74,8 +87,7 @@ def run(config: ConfigDict, work: Path) -> list[Record]:
     folder = work / "resnet_spikes"
     descent = sweep(config.start, [{"seed": config.start.seed}], work=folder / "start")
     minimum = trained_params(config.start, load_dataset(config.start), folder / "minimum.npz")
-    recipes = {arm: cifar10_resnet44.get_config(recipe) for arm, recipe in _RECIPES.items()}
-    arms = {arm: {name: recipe[name] for name in _FIELDS} for arm, recipe in recipes.items()}
+    arms = take_arms(cifar10_resnet44.get_config, _RECIPES, _FIELDS)
     points = [{**arm, "learning_rate": rate} for arm in arms.values() for rate in config.rates]
     records = sweep(
         config.train, run_points(points, config.seeds), work=folder / "arms", initial=minimum
@@ -90,20 +102,12 @@ def claims(records: pd.DataFrame) -> list[Claim]:
 
     An order is tested at the rate of the grid that is nearest to that of `_ORDER`.
     """
-    table = spike_table(_arms(records), _ERROR)
-    rates = np.sort(table.learning_rate.unique())
-    found = [
-        at_most(
-            "(b) training error at the minimum of S-SGD",
-            float(select(records, arm=START)[_ERROR].iloc[-1]),
-            SPIKE,
-        )
-    ]
-    for first, second, wanted in _ORDER:
-        rate = float(rates[np.argmin(np.abs(rates - wanted))])
-        more, less = (spike_rate(table, arm, rate) for arm in (first, second))
-        found.append(more_often(f"(b) at {rate:g}", (first, more), (second, less)))
-    return found
+    start = at_most(
+        "(b) training error at the minimum of S-SGD",
+        float(select(records, arm=START)[_ERROR].iloc[-1]),
+        SPIKE,
+    )
+    return [start, *order_claims(spike_table(_arms(records), _ERROR), _ORDER, "(b)")]
 
 
 def notes(records: pd.DataFrame) -> dict[str, Any]:
@@ -118,13 +122,7 @@ def notes(records: pd.DataFrame) -> dict[str, Any]:
 
 def plot_rates(axis: Any, records: pd.DataFrame) -> None:
     """Draws spikes per 1,000 updates at risk against the learning rate, a colour an arm."""
-    table = spike_table(_arms(records), _ERROR)
-    rates = np.sort(table.learning_rate.unique())
-    for number, (arm, colour) in enumerate(RESNET_COLOURS.items()):
-        found = [spike_rate(table, arm, float(rate)) for rate in rates]
-        bars = [[f.value - f.low for f in found], [f.high - f.value for f in found]]
-        look = {"color": colour, "fmt": "o-", "capsize": 3, "linewidth": 1.3, "label": arm}
-        axis.errorbar(rates * (1.0 + 0.02 * (number - 1.5)), [f.value for f in found], bars, **look)
+    plot_spike_rates(axis, spike_table(_arms(records), _ERROR), RESNET_COLOURS, apart=0.02)
     style.plain_log(axis, "x")
     axis.set_yscale("symlog", linthresh=1.0)
     axis.set(xlabel="learning rate", ylabel="spikes per 1,000 updates at risk", ylim=(0, 300))
@@ -136,8 +134,7 @@ def plot_rates(axis: Any, records: pd.DataFrame) -> None:
 def plot_errors(axis: Any, records: pd.DataFrame) -> None:
     """Draws the training error of every epoch where the arms part, a line a seed."""
     records = _arms(records)
-    rates = np.sort(records.learning_rate.unique())
-    rate = float(rates[np.argmin(np.abs(rates - _ORDER[-1][2]))])
+    rate = nearest_rate(records, _ORDER[-1][2])
     lowest = records[_ERROR][records[_ERROR] > 0].min()
     for arm, colour in RESNET_COLOURS.items():
         for number, (_, rows) in enumerate(

@@ -8,6 +8,7 @@ import pytest
 
 from asgd_jax import stability
 from asgd_jax.training import default_config
+from asgd_jax.training.feed import load_dataset
 from experiments.edges import minibatch
 from experiments.edges.judge import brackets, judge_runs
 from experiments.edges.leaving import first_left, has_left, left_for_good
@@ -52,7 +53,7 @@ def test_the_search_brackets_an_edge_wherever_it_is(monkeypatch, tmp_path, facto
             for row in rows_of(point, point["learning_rate"] > edge(point["delay"]))
         ]
 
-    def fake_end(config, point, start):
+    def fake_end(config, point, start, work):
         ended.append(point)
         return 3.0
 
@@ -173,7 +174,7 @@ def test_a_minimum_is_trained_once_and_is_nobody_elses(tmp_path, monkeypatch):
     first = minibatch.reach_minimum(minimum_config(), tmp_path)
     trained = []
     monkeypatch.setattr(
-        minibatch, "train_params", lambda config, dataset: trained.append(config) or first.params
+        minibatch, "train_params", lambda config, *_: trained.append(config) or first.params
     )
     again = minibatch.reach_minimum(minimum_config(), tmp_path)
     assert (first.loss, first.sharpness) == pytest.approx((again.loss, again.sharpness), rel=1e-6)
@@ -187,6 +188,9 @@ def test_a_minimum_is_trained_once_and_is_nobody_elses(tmp_path, monkeypatch):
             minibatch.reach_minimum(minimum_config(**{field: value}), tmp_path)
     # Where it runs is no part of what it is.
     minibatch.reach_minimum(minimum_config(num_devices=2, checkpoint_every_epochs=0), tmp_path)
+    config, file = minimum_config(), tmp_path / "minimum.npz"
+    with pytest.raises(ValueError, match="initial"):
+        minibatch.trained_params(config, load_dataset(config), file, first.params)
     assert not trained
     (tmp_path / "minimum.json").unlink()  # whose parameters these are nobody knows
     minibatch.reach_minimum(minimum_config(seed=1), tmp_path)
