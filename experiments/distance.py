@@ -6,6 +6,16 @@ from typing import Any
 from asgd_jax.data import FACTS
 
 _NUMERIC = "numeric: thresholds, no training"
+_PAPERS_PANELS = ("resnet",)  # of figures with several: fig. 11's
+
+
+def papers_panel(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns that part of a figure's configuration whose setting is the paper's.
+
+    >>> papers_panel({"digits": {"seeds": (0,)}, "resnet": {"seeds": (1,)}})
+    {'seeds': (1,)}
+    """
+    return next((config[name] for name in _PAPERS_PANELS if name in config), config)
 
 
 def setting(config: Mapping[str, Any]) -> dict[str, str]:
@@ -17,7 +27,7 @@ def setting(config: Mapping[str, Any]) -> dict[str, str]:
     >>> setting({"max_delay": 64})
     {'sort': 'numeric: thresholds, no training'}
     """
-    config = config.get("resnet", config)  # fig. 11: the panel that is the paper's
+    config = papers_panel(config)
     train = config.get("train", config.get("start"))
     if train is None:
         for field, words in _OWN_WORDS.items():

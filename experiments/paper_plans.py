@@ -22,6 +22,7 @@ from asgd_jax.data import FACTS
 from asgd_jax.training.command import run_command, use_compilation_cache
 from asgd_jax.training.feed import plan_of
 from asgd_jax.training.plan import MemoryPlan, make_plan
+from experiments.distance import papers_panel
 from experiments.reproduce import FIGURES
 from experiments.tables import markdown_table
 
@@ -60,13 +61,13 @@ def plans() -> Iterator[dict[str, Any]]:
     """Yields a row for every arm of the configs that one device can run."""
     known: dict[str, MemoryPlan] = {}
     for name, figure in CONFIGS.items():
-        preset = importlib.import_module(FIGURES[figure]).PRESETS["paper"]
+        preset = papers_panel(importlib.import_module(FIGURES[figure]).PRESETS["paper"])
         module = importlib.import_module(f"configs.{name}")
         for arm in module.ARMS:
             config: ConfigDict = module.get_config(arm)
             if config.parallelism == "workers":  # of as many chips as workers: --plan there
                 continue
-            config.num_devices, config.epochs = 1, preset.train.epochs
+            config.num_devices, config.epochs = 1, preset["train"].epochs
             shape = repr(sorted(_shape(config).items()))
             if shape not in known:
                 known[shape] = make_plan(config).memory
