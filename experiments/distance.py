@@ -6,7 +6,8 @@ from typing import Any
 from asgd_jax.data import FACTS
 
 _NUMERIC = "numeric: thresholds, no training"
-_PAPERS_PANELS = ("resnet",)  # of figures with several: fig. 11's
+# Of figures with several: fig. 3's, fig. 11's; that of digits where there is no other.
+_PAPERS_PANELS = ("vgg", "resnet", "digits")
 
 
 def papers_panel(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -35,7 +35,8 @@ PROXY = (
 )
 
 VGG, LENET = "VGG-11 on CIFAR-10", "LeNet on MNIST"
-SMALL = "an MLP on digits"
+# By name in the configuration.
+_PANELS = {"vgg": VGG, "lenet": LENET, "digits": "an MLP on digits"}
 _LAST_ROWS = 3  # measurements at the end, over which an error is averaged
 _CLOSE = 0.005  # of validation error: a smaller difference counts as none
 _GRID = tuple(2.0 ** (k / 4) for k in range(-4, 5))  # of eq. 8's rate
@@ -47,24 +48,17 @@ def _panel(train: ConfigDict, delays: Sequence[int], seeds: Sequence[int]) -> Co
 
 
 def _preset(
-    panel: ConfigDict,
-    beside: Mapping[str, ConfigDict],
+    panels: Mapping[str, ConfigDict],
     factors: Sequence[float] = _GRID,
     ssgd_factors: Sequence[float] = _SSGD_GRID,
 ) -> ConfigDict:
-    """One panel, and what is drawn beside it.
+    """Panels by name, of `_PANELS`, and the rates of all.
 
     Learning rates are those of eq. 8, the baseline's over the delay, times `factors`; those of
     S-SGD the baseline's times `ssgd_factors`.
     """
-    return ConfigDict(
-        {
-            **dict(panel.items()),
-            "factors": tuple(factors),
-            "ssgd_factors": tuple(ssgd_factors),
-            "beside": dict(beside),
-        }
-    )
+    grids = {"factors": tuple(factors), "ssgd_factors": tuple(ssgd_factors)}
+    return ConfigDict({**panels, **grids})
 
 
 _DIGITS: dict[str, Any] = {
@@ -110,26 +104,33 @@ def _lenet(**overrides: Any) -> ConfigDict:
 
 _LENET_DELAYS = (3, 7, 15, 31)
 PRESETS = {
-    "smoke": _preset(_panel(_vgg(**_DIGITS), (3, 7), (0, 1)), {}, (0.5, 1.0, 2.0), (1.0,)),
+    "smoke": _preset(
+        {"digits": _panel(_vgg(**_DIGITS), (3, 7), (0, 1))},
+        factors=(0.5, 1.0, 2.0),
+        ssgd_factors=(1.0,),
+    ),
     "cpu": _preset(
-        _panel(_vgg(**_CIFAR), (7,), range(5)),
-        {"lenet": _panel(_lenet(**_MNIST), _LENET_DELAYS, range(5))},
+        {
+            "vgg": _panel(_vgg(**_CIFAR), (7,), range(5)),
+            "lenet": _panel(_lenet(**_MNIST), _LENET_DELAYS, range(5)),
+        }
     ),
     "paper": _preset(
-        _panel(_vgg(), (1, 3, 7, 15, 31), range(5)),
-        {"lenet": _panel(_lenet(epochs=50), _LENET_DELAYS, range(5))},
+        {
+            "vgg": _panel(_vgg(), (1, 3, 7, 15, 31), range(5)),
+            "lenet": _panel(_lenet(epochs=50), _LENET_DELAYS, range(5)),
+        }
     ),
 }
-_NAMES = {"vgg11": VGG, "mnist_cnn": LENET, "mlp": SMALL}
 
 
 def run(config: ConfigDict, work: Path) -> list[Record]:
     """Returns the curves of S-SGD and of A-SGD, at every learning rate, panel by panel."""
     records = []
-    for panel in (config, *config.beside.values()):
-        name = _NAMES[panel.train.model]
-        rows = _run_panel(panel, config, work / f"rates_{panel.train.model}")
-        records += [{"panel": name, **row} for row in with_chance(rows, panel.train)]
+    for panel, name in _PANELS.items():
+        if panel in config:
+            rows = _run_panel(config[panel], config, work / f"rates_{panel}")
+            records += [{"panel": name, **row} for row in with_chance(rows, config[panel].train)]
     return records
 
 

@@ -19,6 +19,7 @@ from asgd_jax.training import default_config
 from asgd_jax.training.config import validate_config
 from asgd_jax.training.folder.table import read_records
 from experiments import reproduce as driver
+from experiments.distance import papers_panel
 from experiments.figures import (
     fig01,
     fig03,
@@ -82,7 +83,7 @@ def test_a_killed_figure_goes_on(tmp_path):
     # Two processes of the same flags: what is compared is not what they are.
     flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}"}
-    table = tmp_path / "r" / ".work" / "smoke" / "rates_mlp" / "records.csv"
+    table = tmp_path / "r" / ".work" / "smoke" / "rates_digits" / "records.csv"
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
     ) as process:
@@ -137,7 +138,7 @@ def test_a_diverged_arm_has_the_error_of_a_guess_among_its_classes(
     if module is fig01:  # it measures besides between epochs
         monkeypatch.setattr(fig01, "measure_along", lambda *args, **_: diverging(*args[:2]))
     config = module.PRESETS["smoke"].copy_and_resolve_references()
-    config.train.dataset = dataset
+    papers_panel(config)["train"].dataset = dataset
     records = pd.DataFrame(module.run(config, tmp_path))
     for column in ("validation_error", "train_error"):
         assert set(training_runs.final_errors(records, 1, column)) == {chance}
