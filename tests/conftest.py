@@ -83,6 +83,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("optimised") is None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _children_compile_as_tests() -> Iterator[None]:
+    """For the processes that tests start: this one has read its own flags, once for all."""
+    jax.devices()
+    flags = " ".join(f"--{name}={str(value).lower()}" for name, value in UNOPTIMISED.items())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} {flags}")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _strict_jax(request: pytest.FixtureRequest):
     """The core promises never to promote a dtype or a rank behind the caller's back."""

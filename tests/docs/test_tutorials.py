@@ -10,11 +10,15 @@ import jupytext
 import pytest
 
 TUTORIALS = sorted((Path(__file__).parents[2] / "docs" / "tutorials").glob("*.py"))
+# The others take longer to compile than to run.
+RUNS = [
+    pytest.param(path, marks=[pytest.mark.optimised] if path.stem == "actor_learner" else [])
+    for path in TUTORIALS
+]
 
 
-@pytest.mark.optimised
 @pytest.mark.slow
-@pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("tutorial", RUNS, ids=lambda path: path.stem)
 def test_a_tutorial_runs_and_its_numbers_hold(tutorial):
     said = io.StringIO()
     with redirect_stdout(said):

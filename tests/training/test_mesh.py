@@ -227,9 +227,8 @@ def start_processes(count, workdir, *arguments):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        # No bits are compared: most of the time would go into optimising programs that run once.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={2 // count} "
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} "
+        f"--xla_force_host_platform_device_count={2 // count}",
     }
     joined = ["--config.multihost=true", f"--config.num_processes={count}",
               f"--config.coordinator=127.0.0.1:{port}"]  # fmt: skip

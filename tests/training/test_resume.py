@@ -33,6 +33,7 @@ RUN = [
     "--config.log_every_steps=2", "--config.checkpoint_every_steps=11",
     "--config.checkpoint_every_epochs=3",
 ]  # fmt: skip
+NUM_DEVICES = "--xla_force_host_platform_device_count"
 TIMES = ("steps_per_second", "wall_time_s", "commit")  # the source may move on in between
 
 
@@ -43,7 +44,7 @@ def start(workdir, *arguments, launcher=(), devices=1):
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {NUM_DEVICES}={devices}",
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

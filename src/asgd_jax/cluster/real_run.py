@@ -23,7 +23,7 @@ from asgd_jax.training.folder.provenance import plain, read_json
 from asgd_jax.training.loop import is_evaluated, learning_rate_of
 from asgd_jax.training.placement import jitted
 from asgd_jax.training.program import build_run, make_model
-from asgd_jax.training.progress import Progress, add_chunk, no_progress, summarize
+from asgd_jax.training.progress import Progress, add_chunk, chunk_row, no_progress
 from asgd_jax.training.recorded import num_shards_of
 from asgd_jax.training.setup import Setup, make_validation
 from asgd_jax.training.state import TrainState
@@ -138,17 +138,8 @@ def make_row_of(run: RealRun) -> Callable[[Snapshot], Row]:
 
     def row_of(snapshot: Snapshot) -> Row:
         step, totals = snapshot.step, snapshot.totals
-        norm, distance, relative = snapshot.gap
-        row: Row = {
-            "step": step,
-            "epoch": round(step / steps_per_epoch, 6),
-            "learning_rate": learning_rate(step),
-            "parameter_norm": norm,
-            "gap": distance,
-            "relative_gap": relative,
-            "steps_per_second": int(totals.steps) / max(snapshot.seconds, 1e-9),
-            **summarize(totals),
-        }
+        rate = learning_rate(step)
+        row = chunk_row(step, steps_per_epoch, rate, totals, snapshot.gap, snapshot.seconds)
         epoch, place = divmod(step - 1, steps_per_epoch)
         evaluated = is_evaluated(config, steps_per_epoch, epoch, place + 1)
         if evaluated or totals.diverged_at != NOT_DIVERGED:

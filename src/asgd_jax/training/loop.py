@@ -23,10 +23,10 @@ from asgd_jax.training.placement import Placed
 from asgd_jax.training.progress import (
     Progress,
     add_chunk,
+    chunk_row,
     describe_row,
     no_progress,
     staleness_summary,
-    summarize,
 )
 from asgd_jax.training.setup import Setup, make_validation, set_up
 from asgd_jax.training.staleness import is_pipeline
@@ -170,17 +170,8 @@ def _make_row(config: ConfigDict, setup: Setup) -> Callable[..., metrics.Row]:
         placed: Placed, totals: ChunkTotals, epoch: int, start: int, stop: int, seconds: float
     ) -> metrics.Row:
         step = epoch * steps_per_epoch + start + int(totals.steps)
-        norm, distance, relative = (float(value) for value in measure_gap(placed))
-        row: metrics.Row = {
-            "step": step,
-            "epoch": round(step / steps_per_epoch, 6),
-            "learning_rate": learning_rate(step),
-            "parameter_norm": norm,
-            "gap": distance,
-            "relative_gap": relative,
-            "steps_per_second": int(totals.steps) / seconds,
-            **summarize(totals),
-        }
+        gap, rate = measure_gap(placed), learning_rate(step)
+        row = chunk_row(step, steps_per_epoch, rate, totals, gap, seconds)
         diverged = totals.diverged_at != NOT_DIVERGED
         if is_evaluated(config, steps_per_epoch, epoch, stop) or diverged:
             loss, error = validate(get(placed._replace(opt_state=())))

@@ -77,11 +77,35 @@ def staleness_summary(histogram: Sequence[int] | np.ndarray) -> tuple[float, int
     return float(counts @ ages / max(counts.sum(), 1)), int(ages[counts > 0].max(initial=0))
 
 
-def summarize(totals: ChunkTotals) -> Row:
-    """Returns the columns of a row that come from the updates of a chunk."""
+def chunk_row(
+    step: int,
+    steps_per_epoch: int,
+    learning_rate: float,
+    totals: ChunkTotals,
+    gap: Sequence[float],
+    seconds: float,
+) -> Row:
+    """Returns the row of a chunk of updates, without evaluation.
+
+    Args:
+      step: updates made by its end.
+      steps_per_epoch: of the run.
+      learning_rate: at that step.
+      totals: of the chunk.
+      gap: what `distance_to_stale` measures there.
+      seconds: that the chunk took.
+    """
     steps = max(int(totals.steps), 1)
     mean, largest = staleness_summary(np.asarray(totals.staleness))
+    norm, distance, relative = (float(value) for value in gap)
     return {
+        "step": step,
+        "epoch": round(step / steps_per_epoch, 6),
+        "learning_rate": learning_rate,
+        "parameter_norm": norm,
+        "gap": distance,
+        "relative_gap": relative,
+        "steps_per_second": int(totals.steps) / max(seconds, 1e-9),
         "train_loss": float(totals.loss) / steps,
         "train_error": float(totals.error) / steps,
         "gradient_norm": float(totals.gradient_norm) / steps,

@@ -17,9 +17,6 @@ from experiments.figures import eos, eos_runs
 from experiments.figures.eos_runs import edges_of
 from experiments.sharpness_track import Sample, make_track
 
-# Thousands of steps: LLVM's time is well spent.
-pytestmark = pytest.mark.optimised
-
 
 @pytest.fixture(scope="module")
 def smoke_folder(tmp_path_factory):
