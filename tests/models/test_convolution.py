@@ -67,15 +67,29 @@ def test_derivatives_of_both_orders_are_those_of_lax(case):
         assert_close(actual[name], expected[name])
 
 
-@pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
-def test_mapped_over_images_and_kernels(axes):
-    (x, k), ours, lax = both_losses(CASES[0])
-    point = [
-        a if axis is None else jnp.stack([a, -2 * a, a + 1])
-        for a, axis in zip((x, k), axes, strict=True)
+def mapped(loss, axes):
+    """The sum of what `vmap` makes of a loss, whose gradient is taken from outside."""
+    return lambda x, k: jax.vmap(loss, axes)(x, k).sum()
+
+
+def stacked(point, axes):
+    """Arguments with a further axis where they are mapped."""
+    return [
+        a if axis is None else jnp.stack([a, -2 * a, a + 1], axis)
+        for a, axis in zip(point, axes, strict=True)
     ]
-    actual, expected = (jax.jit(jax.vmap(gradients(f), axes))(*point) for f in (ours, lax))
-    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None), (2, None), (None, 4)])
+def test_mapped_over_images_and_kernels(axes):
+    point, ours, lax = both_losses(CASES[0])
+    point = stacked(point, axes)
+    for of in (
+        lambda loss: jax.vmap(gradients(loss), axes),
+        lambda loss: gradients(mapped(loss, axes)),
+    ):
+        actual, expected = (jax.jit(of(loss))(*point) for loss in (ours, lax))
+        assert_close(actual, expected)
 
 
 def test_bfloat16():
@@ -118,7 +132,7 @@ def test_devices_share_the_images(count):
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA's labels on a CPU")
 def test_every_convolution_of_a_loop_has_the_labels_of_the_fast_one():
-    def labels(loss):
+    def labels(loss, point):
         def step(_, point):
             return jax.tree.map(lambda a, g: a - g, point, gradients(loss)(*point))
 
@@ -128,12 +142,16 @@ def test_every_convolution_of_a_loop_has_the_labels_of_the_fast_one():
 
     for case in CASES:
         point, ours, lax = both_losses(case)
-        assert labels(ours) == {"b01f_01io->b01f"}
+        assert labels(ours, point) == {"b01f_01io->b01f"}
     # What the test is there to see: JAX's own gradients have other labels.
-    assert len(labels(lax)) > 1
+    assert len(labels(lax, point)) > 1
+    # So had those of a loss that is mapped over workers, each with images of its own.
+    for axes in ((0, None), (None, 0)):
+        assert labels(mapped(ours, axes), stacked(point, axes)) == {"b01f_01io->b01f"}
 
 
 def test_an_empty_batch_has_a_gradient_of_zeros():
     (x, k), ours, _ = both_losses(CASES[0])
-    gradient = jax.grad(ours, argnums=1)(x[:0], k)
-    np.testing.assert_array_equal(gradient, jnp.zeros_like(k))
+    for loss, images in ((ours, x[:0]), (mapped(ours, (0, None)), x[None, :0])):
+        gradient = jax.grad(loss, argnums=1)(images, k)
+        np.testing.assert_array_equal(gradient, jnp.zeros_like(k))

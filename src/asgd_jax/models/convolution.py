@@ -6,6 +6,9 @@ convolutions of a gradient, which JAX writes in other layouts, fall to naive cod
 slower. Here the three convolutions of a layer are written in the fast layout from the start, as a
 primitive whose derivatives of every order are again that primitive.
 
+So it stays under `vmap` over images or over kernels: the update of a ResNet-8 by S-SGD, mapped over
+16 workers of 16 images, takes 193 ms instead of 1,170.
+
 Two choices were measured (one core of an AVX-512 Xeon, GFLOP/s within a loop; the peak is 177):
 
 * the weight gradient is a convolution with windows as large as the image; its transposed operands
@@ -228,8 +231,22 @@ def _block_weight_gradient(
 def _map_convolution(
     arguments: Sequence[jax.Array], axes: Sequence[int | None], *, window: Window
 ) -> tuple[jax.Array, int]:
-    """Under vmap: XLA's own, grouped where kernels are mapped; its labels stay the fast ones."""
-    return jax.vmap(partial(convolve_by_lax, window=window), tuple(axes))(*arguments), 0
+    """Under vmap: more images, or more features, of the primitive, whose derivative is then fast.
+
+    Where both are mapped, XLA's own convolution, grouped; its labels stay the fast ones.
+    """
+    x, kernel = arguments
+    image_axis, kernel_axis = axes
+    if kernel_axis is None and image_axis is not None:
+        x = jnp.moveaxis(x, image_axis, 0)
+        merged = x.reshape(math.prod(x.shape[:2]), *x.shape[2:])
+        y = _bind(merged, kernel, window)
+        return y.reshape(*x.shape[:2], *y.shape[1:]), 0
+    if image_axis is None and kernel_axis is not None:
+        kernel = jnp.moveaxis(kernel, kernel_axis, 3)
+        y = _bind(x, kernel.reshape(*kernel.shape[:3], -1), window)
+        return y.reshape(*y.shape[:3], *kernel.shape[3:]), 3
+    return jax.vmap(partial(convolve_by_lax, window=window), tuple(axes))(x, kernel), 0
 
 
 _convolution_p.def_impl(jax.jit(convolve_by_lax, static_argnames="window"))
