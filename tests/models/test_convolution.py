@@ -146,7 +146,7 @@ def test_every_convolution_of_a_loop_has_the_labels_of_the_fast_one():
     # What the test is there to see: JAX's own gradients have other labels.
     assert len(labels(lax, point)) > 1
     # So had those of a loss that is mapped over workers, each with images of its own.
-    for axes in ((0, None), (None, 0)):
+    for axes in ((0, None), (None, 0), (0, 0)):
         assert labels(mapped(ours, axes), stacked(point, axes)) == {"b01f_01io->b01f"}
 
 

@@ -102,12 +102,13 @@ def test_the_sdist_holds_the_library_only(dist):
 
 def install(dist, home):
     """The folder of programs of a new environment: the wheel, its dependencies, nothing else."""
-    run(sys.executable, "-m", "venv", str(home))
+    run(sys.executable, "-m", "venv", "--without-pip", str(home))
     (wheel,) = dist.glob("*.whl")
     pins = str(ROOT / "requirements.txt")
     programs = home / "bin"
-    pip = (str(programs / "python"), "-m", "pip")
-    run(*pip, "install", "--quiet", "--constraint", pins, str(wheel))
+    pip = (sys.executable, "-m", "pip", "--python", str(programs / "python"))
+    # No bytecode ahead of time: most of what is installed is never imported.
+    run(*pip, "install", "--quiet", "--no-compile", "--constraint", pins, str(wheel))
     installed = run(*pip, "list", "--format=freeze")
     assert not re.search("flax|tensorflow|scikit|matplotlib|orbax", installed, re.IGNORECASE)
     return programs
