@@ -6,7 +6,7 @@ from typing import Any
 from asgd_jax.data import FACTS
 
 _NUMERIC = "numeric: thresholds, no training"
-_PAPERS_PANELS = ("resnet",)  # of figures with several: fig. 11's
+_PAPERS_PANELS = ("vgg", "resnet")  # of figures with several: fig. 3's, fig. 11's
 
 
 def papers_panel(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,10 +15,6 @@ CAPTION = (
     "whose delay is constant."
 )
 PROXY = fig05.PROXY
-WHY = (
-    "two seeds: the interval of the difference reaches 2.6 % to each side, so that sameness "
-    "to 1 % is neither shown nor refuted."
-)
 PRESETS = fig05.PRESETS
 run = fig05.run
 

@@ -78,7 +78,7 @@ def test_the_smoke_preset_runs_through_and_shares_runs(group, tmp_path, monkeypa
 def test_a_killed_figure_goes_on(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "reproduce.py")]
     command += ["--figure=3", "--preset=smoke", "--out=r"]
-    table = tmp_path / "r" / ".work" / "smoke" / "vgg_rates" / "records.csv"
+    table = tmp_path / "r" / ".work" / "smoke" / "rates_vgg" / "records.csv"
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
         while not table.exists():
             assert process.poll() is None
@@ -89,9 +89,9 @@ def test_a_killed_figure_goes_on(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "claims hold" in done.stdout
     records = (tmp_path / "r" / "fig03" / "records.csv").read_text().splitlines()
-    # The finished runs were kept as they were: only the key is left out, and chance is new.
+    # The finished runs were kept as they were: only the key is left out, panel and chance are new.
     kept = [list(row.values())[1:] for row in csv.DictReader(first)]
-    rows = [list(row.values())[:-1] for row in csv.DictReader(records)]
+    rows = [list(row.values())[1:-1] for row in csv.DictReader(records)]
     assert kept == [row for row in rows if row in kept]
 
 
@@ -129,7 +129,8 @@ def test_a_diverged_arm_has_the_error_of_a_guess_among_its_classes(
     if module is fig01:  # it measures besides between epochs
         monkeypatch.setattr(fig01, "measure_along", lambda *args, **_: diverging(*args[:2]))
     config = module.PRESETS["smoke"].copy_and_resolve_references()
-    config.train.dataset = dataset
+    for train in training_configs(config):
+        train.dataset = dataset
     records = pd.DataFrame(module.run(config, tmp_path))
     for column in ("validation_error", "train_error"):
         assert set(training_runs.final_errors(records, 1, column)) == {chance}
