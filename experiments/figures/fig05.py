@@ -39,7 +39,7 @@ PROXY = (
 WHY = (
     "fifteen epochs are over before stability limits anything: what decides is the effective rate. "
     "Every arm with a tenth of undamped S-SGD's ends at 72 to 73 %, with a delay or without, and "
-    "A-SGD is within 1.1 % of S-SGD with its own momentum where it has none or shifts it (damped "
+    "A-SGD is within 1.2 % of S-SGD with its own momentum where it has none or shifts it (damped "
     "standard momentum: to 2.7 %, its runs differ more). At the exact rates, smaller still, all "
     "end at 77 to 79 %, though by the largest stable sharpness, 6.3, they equal S-SGD. Undamped "
     "standard momentum, which can stay in a minimum thirty times flatter only (.20), is no worse "
