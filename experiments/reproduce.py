@@ -105,7 +105,7 @@ def reproduce(figure: str, preset: str, out: Path) -> dict[str, Any]:
     style.require_matplotlib()
     config = module.PRESETS[preset]
     out.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
+    start, made_by = time.perf_counter(), environment()  # the source may move on meanwhile
     work = out / _WORK / preset
     resumed = figure in TRAINED and work.exists()
     if figure in TRAINED:
@@ -119,7 +119,7 @@ def reproduce(figure: str, preset: str, out: Path) -> dict[str, Any]:
         "config": config._asdict() if hasattr(config, "_asdict") else config.to_dict(),
         "wall_time_s": round(time.perf_counter() - start, 3),
         "found_runs": resumed,  # of an earlier command, whose time is not in wall_time_s
-        **environment(),
+        **made_by,
     }
     return _write(figure, records, description, out)
 

@@ -113,11 +113,13 @@ def claims(records: pd.DataFrame) -> list[Claim]:
 def notes(records: pd.DataFrame) -> dict[str, Any]:
     """Returns spikes per 1,000 updates of every arm and rate, and their 95 % intervals."""
     table = spike_table(_arms(records), _ERROR)
-    return {
+    found: dict[str, Any] = {
         f"(b) {arm}, {rate:g}: spikes per 1,000 updates": list(spike_rate(table, arm, float(rate)))
         for arm in RESNET_COLOURS
         for rate in np.sort(table.learning_rate.unique())
     }
+    pilots = "seed 200, from the minimum of seed 0: smoothing, rates, and where arms are compared"
+    return {**found, "(b) pilots": pilots}
 
 
 def plot_rates(axis: Any, records: pd.DataFrame) -> None:

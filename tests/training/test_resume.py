@@ -37,14 +37,16 @@ NUM_DEVICES = "--xla_force_host_platform_device_count"
 TIMES = ("steps_per_second", "wall_time_s", "commit")  # the source may move on in between
 
 
-def start(workdir, *arguments, launcher=(), devices=1):
+def start(workdir, *arguments, launcher=(), devices=1, flags=None):
+    """`flags` of XLA's: those of tests, which compile quickly, or "", those of users."""
+    flags = os.environ["XLA_FLAGS"] if flags is None else flags
     return subprocess.Popen(
         [*launcher, sys.executable, "scripts/train.py", *RUN, f"--workdir={workdir}", *arguments],
         cwd=ROOT,
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {NUM_DEVICES}={devices}",
+            "XLA_FLAGS": f"{flags} {NUM_DEVICES}={devices}",
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -127,7 +129,7 @@ def shown_events(workdir):
 @pytest.fixture(scope="session")  # the optimised tests come first
 def unstopped(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("unstopped")
-    code, out, err = finish(start(workdir))
+    code, out, err = finish(start(workdir, flags=""))
     assert (code, err) == (0, [])
     assert "completed after 192 steps" in out
     return workdir
@@ -135,13 +137,13 @@ def unstopped(tmp_path_factory):
 
 def test_a_run_stopped_in_every_way_ends_as_one_never_stopped(unstopped, tmp_path):
     """SIGKILL, SIGTERM and SIGINT in turn, in mid-epoch, each after the run has been resumed."""
-    code, _, _ = interrupt(start(tmp_path), tmp_path, signal.SIGKILL, at_row=13)
+    code, _, _ = interrupt(start(tmp_path, flags=""), tmp_path, signal.SIGKILL, at_row=13)
     assert code == -signal.SIGKILL
     assert not (tmp_path / "summary.json").exists()
     before = last_step(tmp_path)
     assert before is not None
     for number, at_row in ((signal.SIGTERM, 27), (signal.SIGINT, 43)):
-        code, _, err = interrupt(start(tmp_path), tmp_path, number, at_row=at_row)
+        code, _, err = interrupt(start(tmp_path, flags=""), tmp_path, number, at_row=at_row)
         step = last_step(tmp_path)
         assert code == command.EXIT_CODE == 75
         assert err == [
@@ -150,7 +152,7 @@ def test_a_run_stopped_in_every_way_ends_as_one_never_stopped(unstopped, tmp_pat
         assert before < step < 192
         assert read_rows(tmp_path)[-1]["step"] == step
         before = step
-    code, out, err = finish(start(tmp_path))
+    code, out, err = finish(start(tmp_path, flags=""))
     assert (code, err) == (0, [])
     assert "completed after 192 steps" in out
     assert_same_run(tmp_path, unstopped)
