@@ -81,6 +81,13 @@ _METHODS: dict[str, dict[str, Any]] = {  # of the momentum that an arm's edge is
     SHIFTED: {"momentum": 0.9, "kind": "shifted"},
     NORMAL: {"momentum": 0.9, "kind": "shifted"},
 }
+_MOMENTUM_COLOURS = {  # by what `_METHODS` holds
+    (0.9, False): style.RED,
+    (0.9,): style.PURPLE,
+    (): style.ORANGE,
+    (0.9, "shifted"): style.BLUE,
+}
+_MARKERS = {SQRT: "v", NORMAL: "D"}  # exact rates ^, S-SGD s, all others o
 
 _CLOSE = 0.02  # of validation error
 _DROPS = (1 / 3, 2 / 3, 8 / 9)  # of the rate, shares of the epochs
@@ -278,20 +285,22 @@ def plot(records: pd.DataFrame) -> Any:
 
 
 def _plot_final(axis: Any, records: pd.DataFrame) -> None:
-    """Final error against the largest stable sharpness, a number an arm."""
-    looks = {0: (style.BLACK, "s"), delay_of(records): (style.BLUE, "o")}
-    for number, (arm, rows) in enumerate(records.groupby("arm", sort=False), start=1):
-        colour, marker = looks[int(rows.delay.iloc[0])]
-        errors = 100 * errors_of(records, str(arm))
-        place = stable_sharpness(records, str(arm))
+    """Final error against the largest stable sharpness: a colour a momentum, a marker a rate."""
+    for name, rows in records.groupby("arm", sort=False):
+        arm = str(name)
+        errors = 100 * errors_of(records, arm)
+        places = np.full(len(errors), stable_sharpness(records, arm))
+        plain = "o" if rows.delay.any() else "s"
         axis.plot(
-            np.full(len(errors), place), errors, marker, color=colour, markersize=4, alpha=0.6
+            places,
+            errors,
+            "^" if arm.endswith(EXACT) else _MARKERS.get(arm, plain),
+            color=_MOMENTUM_COLOURS[tuple(_METHODS[arm.removesuffix(EXACT)].values())],
+            markersize=5,
+            alpha=0.7,
+            label=arm,
         )
-        aside = ((6, 4), (-16, 4), (6, -10), (-16, -10))[number % 4]  # arms share their places
-        axis.annotate(str(number), (place, errors.mean()), xytext=aside, fontsize=9,
-                      textcoords="offset points")  # fmt: skip
-        axis.plot([], [], " ", label=f"{number} {arm}")
     axis.set(xlabel="largest stable sharpness, h*/rate", ylabel="final validation error (%)")
-    axis.set_title("black S-SGD, blue A-SGD; a point a seed")
+    axis.set_title("squares S-SGD; a point a seed")
     style.plain_log(axis, "x", "y")
-    axis.legend(fontsize=9, handlelength=0, loc="upper left", bbox_to_anchor=(1.0, 1.02))
+    axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.02))
