@@ -208,7 +208,7 @@ def plot(records: pd.DataFrame) -> Any:
         axis.set_title(name)
     figure.suptitle(
         "Final error by rate, a point a seed; vertical: dashed eq. 8, dotted the exact rule",
-        fontsize=13 if len(panels) > 1 else 11,
+        fontsize=13,
     )
     return figure
 

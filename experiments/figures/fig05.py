@@ -1,6 +1,6 @@
 """Figure 5: with the rate divided by the delay, shifted or no momentum does as well as can be."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +70,10 @@ _FIELDS = (
     "momentum_kind", "dampening", "momentum", "delay_distribution", "worker_schedule", "delay",
     "learning_rate_rule", "learning_rate",
 )  # fmt: skip
-_METHODS: dict[str, dict[str, Any]] = {  # of the momentum that an arm's edge is that of
-    SSGD: {"momentum": 0.9, "dampening": False},
-    SSGD_DAMPED: {"momentum": 0.9},
-    SSGD_NONE: {},
-    STANDARD: {"momentum": 0.9, "dampening": False},
-    SQRT: {"momentum": 0.9, "dampening": False},
-    DAMPED: {"momentum": 0.9},
-    NONE: {},
-    SHIFTED: {"momentum": 0.9, "kind": "shifted"},
-    NORMAL: {"momentum": 0.9, "kind": "shifted"},
-}
-_MOMENTUM_COLOURS = {  # by what `_METHODS` holds
-    (0.9, False): style.RED,
-    (0.9,): style.PURPLE,
-    (): style.ORANGE,
-    (0.9, "shifted"): style.BLUE,
+_COLOURS = {  # of a momentum, by its kind and whether it is damped
+    ("heavy_ball", False): style.RED,
+    ("heavy_ball", True): style.PURPLE,
+    ("shifted", True): style.BLUE,
 }
 _MARKERS = {SQRT: "v", NORMAL: "D"}  # exact rates ^, S-SGD s, all others o
 
@@ -150,9 +138,9 @@ def _arms(config: ConfigDict) -> dict[str, dict[str, Any]]:
     delay, rate = config.train.num_workers - 1, float(config.train.learning_rate)
     for arm in arms.values():
         arm |= {"learning_rate": rate, "delay": delay if arm["delay"] else 0}
-    sharpest = stability.max_learning_rate(0, **_METHODS[SSGD]) / rate
+    sharpest = stability.max_sharpness(rate, 0, **_method(arms[SSGD]))
     for name in (DAMPED, NONE, SHIFTED):
-        exact = stability.max_learning_rate(delay, sharpness=sharpest, **_METHODS[name])
+        exact = stability.max_learning_rate(delay, sharpness=sharpest, **_method(arms[name]))
         changes = {"learning_rate": float(f"{exact:.6g}"), "learning_rate_rule": "none"}
         arms[name + EXACT] = arms[name] | changes
     if config.ramp_from:
@@ -162,14 +150,17 @@ def _arms(config: ConfigDict) -> dict[str, dict[str, Any]]:
     return arms
 
 
-def stable_sharpness(records: pd.DataFrame, arm: str) -> float:
-    """Returns the largest sharpness that is stable at an arm's full learning rate: h*/rate."""
-    first = select(records, arm=arm).iloc[0]
-    delay = int(first.delay)
-    rate = stability.rescale_learning_rate(
-        float(first.learning_rate), delay, rule=str(first.learning_rate_rule)
-    )
-    return stability.max_learning_rate(delay, **_METHODS[arm.removesuffix(EXACT)]) / rate
+def _method(arm: Mapping[str, Any] | pd.Series) -> dict[str, Any]:
+    """The momentum of an arm, or of a row of its records, as `stability` takes it."""
+    kind, dampening = str(arm["momentum_kind"]), bool(arm["dampening"])
+    return {"momentum": float(arm["momentum"]), "kind": kind, "dampening": dampening}
+
+
+def stable_sharpness(row: pd.Series) -> float:
+    """Returns the largest sharpness that is stable at the full learning rate of an arm's row."""
+    delay, rule = int(row.delay), str(row.learning_rate_rule)
+    rate = stability.rescale_learning_rate(float(row.learning_rate), delay, rule=rule)
+    return stability.max_sharpness(rate, delay, **_method(row))
 
 
 def errors_of(records: pd.DataFrame, arm: str) -> np.ndarray:
@@ -240,8 +231,11 @@ def notes(records: pd.DataFrame) -> dict[str, Any]:
     """Returns, for every arm, the largest stable sharpness h*/rate and the final error."""
     return {
         "largest stable sharpness, and final error": {
-            arm: [round(stable_sharpness(records, arm), 4), float(errors_of(records, arm).mean())]
-            for arm in records.arm.unique()
+            str(arm): [
+                round(stable_sharpness(rows.iloc[0]), 4),
+                float(errors_of(records, str(arm)).mean()),
+            ]
+            for arm, rows in records.groupby("arm", sort=False)
         },
         "claims added after these runs": "standard momentum and S-SGD; the exact rates",
     }
@@ -287,15 +281,16 @@ def plot(records: pd.DataFrame) -> Any:
 def _plot_final(axis: Any, records: pd.DataFrame) -> None:
     """Final error against the largest stable sharpness: a colour a momentum, a marker a rate."""
     for name, rows in records.groupby("arm", sort=False):
-        arm = str(name)
+        arm, row = str(name), rows.iloc[0]
         errors = 100 * errors_of(records, arm)
-        places = np.full(len(errors), stable_sharpness(records, arm))
-        plain = "o" if rows.delay.any() else "s"
+        places = np.full(len(errors), stable_sharpness(row))
+        plain = "o" if row.delay else "s"
+        colour = _COLOURS[row.momentum_kind, bool(row.dampening)] if row.momentum else style.ORANGE
         axis.plot(
             places,
             errors,
             "^" if arm.endswith(EXACT) else _MARKERS.get(arm, plain),
-            color=_MOMENTUM_COLOURS[tuple(_METHODS[arm.removesuffix(EXACT)].values())],
+            color=colour,
             markersize=5,
             alpha=0.7,
             label=arm,
